@@ -1,0 +1,87 @@
+"""The commands. Each is a thin call; torch is imported only by those that need it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from trainer import configfile, environment
+from trainer.config import ConfigError
+
+FAILED, MISTAKE, INTERRUPTED = 1, 2, 130  # exit statuses beside those of trainer.train
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except ConfigError as error:
+        # Every rank meets the same mistake and one says it, unless only this rank can know.
+        if environment.place().rank == 0 or not error.everywhere:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return MISTAKE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = configfile.load(options.config, options.overrides)
+    from trainer.train import train
+
+    return train(config, sys.argv)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from trainer.evaluation import evaluate_target
+
+    return evaluate_target(options.target, options.overrides)
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    if options.source != "demo":
+        raise ConfigError(
+            f"prepare {options.source}: the only source so far is demo; an ImageFolder needs no preparing"
+        )
+    from trainer.data.prepare.demo import make_demo
+
+    make_demo(Path(options.destination))
+    return 0
+
+
+def _describe(options: argparse.Namespace) -> int:
+    config = configfile.load(None, options.overrides)
+    from trainer.models.describe import describe
+
+    print(describe(config))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="imagenet-trainer", description="Distributed ImageNet training.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train, or resume, the run that CONFIG describes")
+    train.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/")
+    train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example optim.lr=0.2")
+    train.set_defaults(command=_train)
+
+    evaluate = commands.add_parser("evaluate", help="accuracy of a run, a checkpoint or a config's weights")
+    evaluate.add_argument("target", metavar="RUN_OR_CHECKPOINT|CONFIG")
+    evaluate.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    evaluate.set_defaults(command=_evaluate)
+
+    prepare = commands.add_parser("prepare", help="make a data set")
+    prepare.add_argument("source", metavar="SOURCE", help="demo: ten drawn classes")
+    prepare.add_argument("destination", metavar="DESTINATION")
+    prepare.set_defaults(command=_prepare)
+
+    describe = commands.add_parser("describe", help="the layers, parameters and multiply-adds of a network")
+    describe.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example model.name=resnet101")
+    describe.set_defaults(command=_describe)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

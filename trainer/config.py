@@ -1,0 +1,290 @@
+"""Every option of the trainer, its default, and what makes a value impossible.
+
+A section is named after the module that reads it: `optim.lr` is used in trainer/optim.py. trainer/configfile.py reads
+YAML and `key=value` into these classes, trainer/plan.py derives the arithmetic of a run from them.
+
+This module imports neither torch nor the rest of the trainer, so `--help` and a config error cost no start-up time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """The user's mistake: one line that names the key or file, the value and the remedy; exit status 2."""
+
+    everywhere = True  # every rank meets it; False: only the rank that raises it knows
+
+
+def _one_of(key: str, value: Any, valid: tuple[Any, ...]) -> None:
+    if value not in valid:
+        raise ConfigError(f"{key}={value} is not known; use one of: {', '.join(str(v) for v in valid)}")
+
+
+def _at_least(key: str, value: float | None, least: float, *, strictly: bool = False) -> None:
+    if value is not None and (value <= least if strictly else value < least):
+        raise ConfigError(f"{key}={value} is too small; it must be {'above' if strictly else 'at least'} {least}")
+
+
+def _share(key: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise ConfigError(f"{key}={value} is not a share; it must lie between 0 and 1")
+
+
+def _pair(key: str, value: list[float], *, least: float = 0.0) -> None:
+    if len(value) != 2 or not least < value[0] <= value[1]:
+        raise ConfigError(f"{key}={value} is not a range; write two numbers above {least:g}, the smaller first")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the images come from, and the shape they reach the network in."""
+
+    root: str = "data/imagenet"  # folder that holds the two folders below
+    train: str = "train"  # folder of class folders, below root; "." is root itself
+    val: str | None = None  # None: the first of val, validation, test that exists
+    source: str = "dali"  # dali | synthetic (random tensors made once: the speed without any input)
+    decoder: str = "auto"  # auto (where the training runs) | cpu | gpu
+    image_size: int = 224  # side of the training crop in pixels
+    eval_size: int | None = None  # side of the evaluation crop; None: image_size
+    eval_resize: int | None = None  # short side before the evaluation crop; None: eval_size * 256 / 224; 0: no resize
+    threads: int | None = None  # DALI threads of a rank; None: its share of the node's cores, at most 8
+    prefetch: int = 2  # batches decoded ahead
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # ImageNet's, RGB in [0, 1]
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    synthetic_samples: int = 1_281_167  # ImageNet's; only for source=synthetic
+    synthetic_classes: int = 1000
+
+    def __post_init__(self) -> None:
+        _one_of("data.source", self.source, ("dali", "synthetic"))
+        _one_of("data.decoder", self.decoder, ("auto", "cpu", "gpu"))
+        for key in ("image_size", "eval_size", "threads", "prefetch", "synthetic_samples", "synthetic_classes"):
+            _at_least(f"data.{key}", getattr(self, key), 1)
+        _at_least("data.eval_resize", self.eval_resize, 0)
+        if self.eval_resize and self.eval_resize < self.crop_size:
+            raise ConfigError(
+                f"data.eval_resize={self.eval_resize} is smaller than the evaluation crop of {self.crop_size} px: "
+                "raise data.eval_resize or lower data.eval_size"
+            )
+        for key, value in (("data.mean", self.mean), ("data.std", self.std)):
+            if len(value) != 3 or min(value) < 0 or (key == "data.std" and min(value) == 0):
+                raise ConfigError(f"{key}={value} must be three numbers, one a colour channel, in units of [0, 1]")
+
+    @property
+    def crop_size(self) -> int:
+        """Side of the evaluation crop in pixels."""
+        return self.image_size if self.eval_size is None else self.eval_size
+
+    @property
+    def short_side(self) -> int:
+        """Short side in pixels that an evaluation image is resized to before its crop; 0: it is not resized."""
+        return round(self.crop_size * 256 / 224) if self.eval_resize is None else self.eval_resize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment:
+    """How a training image is cropped and flipped."""
+
+    crop: str = "resized"  # resized (RandomResizedCrop) | padded (zero padding, then a random crop: CIFAR) | center
+    scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # share of the area, for crop=resized
+    ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])  # width / height, for crop=resized
+    padding: int = 4  # pixels on each side, for crop=padded
+    flip: float = 0.5  # probability of a horizontal flip
+
+    def __post_init__(self) -> None:
+        _one_of("augment.crop", self.crop, ("resized", "padded", "center"))
+        _pair("augment.scale", self.scale)
+        if self.scale[1] > 1:
+            raise ConfigError(f"augment.scale={self.scale} is more than the whole image; it must end at 1 or below")
+        _pair("augment.ratio", self.ratio)
+        _at_least("augment.padding", self.padding, 0)
+        _share("augment.flip", self.flip)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The network. `timm:NAME` and `torchvision:NAME` build theirs."""
+
+    name: str = "resnet50"
+    num_classes: int | None = None  # None: as many as the data set has
+    variant: str = "v1.5"  # v1.5 (stride on the 3x3) | v1 (on the first 1x1) | d (deep stem, average-pooled shortcut)
+    residual: bool = True  # False: the plain network of the ResNet paper
+    shortcut: str | None = None  # A | B | C of the paper; None: B for the ImageNet nets, A for the CIFAR nets
+    zero_init_residual: bool = False  # last gamma of each block starts at 0
+    conv_init: str = "fan_out"  # fan_out (torchvision) | fan_in (NVIDIA ConvNets)
+    drop_rate: float = 0.0  # dropout before the head
+    drop_path_rate: float = 0.0  # stochastic depth of the last block, linear in depth
+    weights: str | None = None  # start from this file: a state dict or a checkpoint
+
+    def __post_init__(self) -> None:
+        _at_least("model.num_classes", self.num_classes, 1)
+        _one_of("model.variant", self.variant, ("v1.5", "v1", "d"))
+        _one_of("model.shortcut", self.shortcut, (None, "A", "B", "C"))
+        _one_of("model.conv_init", self.conv_init, ("fan_out", "fan_in"))
+        for key in ("drop_rate", "drop_path_rate"):
+            value = getattr(self, key)
+            if not 0.0 <= value < 1.0:
+                raise ConfigError(f"model.{key}={value} must be at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """The optimiser."""
+
+    name: str = "sgd"
+    lr: float = 0.1  # peak, at global_batch_size: nothing is scaled behind your back
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    decay_1d: bool = False  # True: also biases and norms, as torchvision V1 and pytorch/examples
+    clip_norm: float | None = None  # clip the gradient's global 2-norm
+
+    def __post_init__(self) -> None:
+        _one_of("optim.name", self.name, ("sgd",))
+        _at_least("optim.lr", self.lr, 0, strictly=True)
+        _at_least("optim.weight_decay", self.weight_decay, 0)
+        _at_least("optim.clip_norm", self.clip_norm, 0, strictly=True)
+        if not 0.0 <= self.momentum < 1.0:
+            raise ConfigError(f"optim.momentum={self.momentum} must be at least 0 and below 1")
+        if self.nesterov and self.momentum == 0:
+            raise ConfigError("optim.nesterov=true needs optim.momentum above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The learning rate, step by step: linear warm-up, then the shape named."""
+
+    name: str = "cosine"  # cosine | step | linear | constant
+    epochs: float = 90
+    warmup_epochs: float = 5
+    warmup_start: float = 0.0  # share of optim.lr at the first step
+    final: float = 0.0  # share of optim.lr at the end, for cosine and linear
+    step_epochs: list[float] = field(default_factory=lambda: [30, 60, 80])  # for step
+    step_factor: float = 0.1
+
+    def __post_init__(self) -> None:
+        _one_of("schedule.name", self.name, ("cosine", "step", "linear", "constant"))
+        _at_least("schedule.epochs", self.epochs, 0, strictly=True)
+        _at_least("schedule.warmup_epochs", self.warmup_epochs, 0)
+        _share("schedule.warmup_start", self.warmup_start)
+        _share("schedule.final", self.final)
+        _at_least("schedule.step_factor", self.step_factor, 0, strictly=True)
+        if self.step_epochs != sorted(self.step_epochs):
+            raise ConfigError(f"schedule.step_epochs={self.step_epochs} must rise")
+        if self.warmup_epochs >= self.epochs:
+            raise ConfigError(
+                f"schedule.warmup_epochs={self.warmup_epochs:g} leaves nothing of schedule.epochs={self.epochs:g}: "
+                "lower the first or raise the second"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """The training loss. Evaluation always reports plain cross-entropy."""
+
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ConfigError(f"loss.label_smoothing={self.label_smoothing} must be at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """Number formats and layout."""
+
+    amp: str = "auto"  # auto (bf16 where the hardware computes it, else fp32) | bf16 | fp16 (GradScaler) | fp32
+    channels_last: bool = True
+    compile: bool = False  # torch.compile
+    tf32: bool = True  # fp32 matrix products of a GPU on its tensor cores
+    loss_scale: float = 65536.0  # start of the dynamic scale, for fp16
+
+    def __post_init__(self) -> None:
+        _one_of("precision.amp", self.amp, ("auto", "bf16", "fp16", "fp32"))
+        _at_least("precision.loss_scale", self.loss_scale, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """When to evaluate and when to end early."""
+
+    eval_every: float = 1  # epochs between evaluations; 0: never
+    max_steps: int | None = None  # end after this many steps; the schedule stays that of schedule.epochs
+
+    def __post_init__(self) -> None:
+        _at_least("loop.eval_every", self.eval_every, 0)
+        _at_least("loop.max_steps", self.max_steps, 1)
+        if self.eval_every != int(self.eval_every):
+            raise ConfigError(f"loop.eval_every={self.eval_every} must be whole epochs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distributed:
+    """How ranks talk to each other."""
+
+    timeout: float = 600.0  # seconds after which a rank that waits for another gives up
+    bucket_mb: int = 25  # gradients that are reduced together, DDP's default
+    sync_bn: bool = False  # BatchNorm over all ranks
+
+    def __post_init__(self) -> None:
+        _at_least("distributed.timeout", self.timeout, 1)
+        _at_least("distributed.bucket_mb", self.bucket_mb, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """When to save. The end of every evaluated epoch always saves."""
+
+    every_steps: int | None = None
+    every_minutes: float | None = None
+    keep: int = 2  # the newest ones; the best is kept besides
+
+    def __post_init__(self) -> None:
+        _at_least("checkpoint.every_steps", self.every_steps, 1)
+        _at_least("checkpoint.every_minutes", self.every_minutes, 0, strictly=True)
+        _at_least("checkpoint.keep", self.keep, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What is written down, and how often."""
+
+    log_every: int = 50  # steps
+    wandb: str = "auto"  # auto (online with a key, offline without) | online | offline | disabled
+    project: str = "imagenet-trainer"
+    name: str | None = None  # of the W&B run; None: the run folder's
+
+    def __post_init__(self) -> None:
+        _at_least("report.log_every", self.log_every, 1)
+        _one_of("report.wandb", self.wandb, ("auto", "online", "offline", "disabled"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A run. `global_batch_size` is the optimiser's batch whatever the number of GPUs."""
+
+    output_dir: str = "runs/default"
+    seed: int = 0
+    device: str = "auto"  # auto | cpu | cuda
+    deterministic: bool = False  # bitwise reproducible on a GPU too, and slower
+    global_batch_size: int = 256
+    max_batch_per_gpu: int | None = None  # more images than this a rank are accumulated; None: no limit
+    data: Data = field(default_factory=Data)
+    augment: Augment = field(default_factory=Augment)
+    model: Model = field(default_factory=Model)
+    optim: Optim = field(default_factory=Optim)
+    schedule: Schedule = field(default_factory=Schedule)
+    loss: Loss = field(default_factory=Loss)
+    precision: Precision = field(default_factory=Precision)
+    loop: Loop = field(default_factory=Loop)
+    distributed: Distributed = field(default_factory=Distributed)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    report: Report = field(default_factory=Report)
+
+    def __post_init__(self) -> None:
+        _one_of("device", self.device, ("auto", "cpu", "cuda"))
+        _at_least("seed", self.seed, 0)
+        _at_least("global_batch_size", self.global_batch_size, 1)
+        _at_least("max_batch_per_gpu", self.max_batch_per_gpu, 1)

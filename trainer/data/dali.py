@@ -1,0 +1,119 @@
+"""The DALI graph: file bytes to a batch of crops, on CPU or GPU. Only this file imports DALI.
+
+DALI draws nothing: paths, windows, flips and labels come from outside, so a batch is a pure function of its arguments.
+The resize is DALI's triangular filter, which is PIL's bilinear, and EXIF orientation is ignored as torchvision and timm
+ignore it (ImageNet holds rotated tags): a test holds the pixels to PIL's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from nvidia.dali import Pipeline, fn, types
+
+# What `source` returns for each graph, in this order: see `Graph.source`.
+Feed = tuple[list[np.ndarray] | np.ndarray, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """What one pipeline does.
+
+    Modes, and what `source()` must return (lists and arrays of one entry an image):
+        "resized": paths, labels, flips, window starts (y, x), window shapes (h, w); resizes them to size x size
+        "padded":  paths, labels, flips, window starts; cuts size x size, black outside the image
+        "center":  paths, labels, flips, window starts, shapes of the whole image after its resize
+    """
+
+    mode: str
+    size: int
+    max_batch: int
+    threads: int
+    prefetch: int
+    mean: tuple[float, ...]  # in units of [0, 1]
+    std: tuple[float, ...]
+    device_id: int | None = None  # the GPU that the images end on; None: CPU
+    decode_on_gpu: bool = False
+    half: bool = False  # float16 instead of float32 out
+
+
+def build(graph: Graph, source: Callable[[], Feed]) -> Pipeline:
+    """A built pipeline that calls `source` for each batch, ahead of need; its outputs are (images NHWC, labels)."""
+    pipeline = Pipeline(
+        batch_size=graph.max_batch,
+        num_threads=graph.threads,
+        device_id=graph.device_id,
+        prefetch_queue_depth=graph.prefetch,
+    )
+    count = {"resized": 5, "padded": 4, "center": 5}[graph.mode]
+    with pipeline:
+        paths, labels, flips, starts, *rest = fn.external_source(source=source, num_outputs=count)
+        images = _cut(graph, fn.io.file.read(paths), starts, rest)
+        if graph.device_id is not None:
+            images, labels = images.gpu(), labels.gpu()
+        images = fn.crop_mirror_normalize(
+            images,
+            mirror=flips,
+            mean=[255 * m for m in graph.mean],
+            std=[255 * s for s in graph.std],
+            dtype=types.FLOAT16 if graph.half else types.FLOAT,
+            output_layout="HWC",
+        )
+        pipeline.set_outputs(images, labels)
+    pipeline.build()
+    return pipeline
+
+
+def _cut(graph: Graph, data, starts, rest):
+    options = {
+        "device": "mixed" if graph.decode_on_gpu else "cpu",
+        "output_type": types.RGB,
+        "adjust_orientation": False,
+    }
+    if graph.mode == "resized":
+        images = fn.decoders.image_slice(data, starts, rest[0], axes=[0, 1], **options)
+        return fn.resize(images, resize_y=graph.size, resize_x=graph.size, interp_type=types.INTERP_TRIANGULAR)
+    images = fn.decoders.image(data, **options)
+    if graph.mode == "center":
+        images = fn.resize(images, size=rest[0], interp_type=types.INTERP_TRIANGULAR)
+    return fn.slice(images, starts, [graph.size, graph.size], axes=[0, 1], out_of_bounds_policy="pad", fill_values=0)
+
+
+def run(pipeline: Pipeline) -> tuple[torch.Tensor, torch.Tensor]:
+    """The next (images, labels): images NCHW in channels-last memory, labels int64 of shape (n,).
+
+    Nothing is copied: the tensors are DALI's own buffers, which live as long as the tensors do. Raises StopIteration
+    where the source does, and RuntimeError, naming the file, where an image cannot be decoded.
+    """
+    images, labels = (torch.from_dlpack(output.as_tensor()) for output in pipeline.run())
+    return images.permute(0, 3, 1, 2), labels.reshape(-1)
+
+
+def reset(pipeline: Pipeline) -> None:
+    """Make a pipeline whose source has ended call it again."""
+    pipeline.reset()
+
+
+def why_undecodable(path: str, graph: Graph) -> str:
+    """Why DALI cannot decode this one file, in words that follow its name; empty if it can."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if not data:
+        return "is empty"
+    pipeline = Pipeline(batch_size=1, num_threads=1, device_id=graph.device_id, prefetch_queue_depth=1)
+    with pipeline:
+        encoded = fn.external_source(source=lambda: [np.frombuffer(data, np.uint8)])
+        device = "mixed" if graph.decode_on_gpu else "cpu"
+        pipeline.set_outputs(fn.decoders.image(encoded, device=device, output_type=types.RGB, adjust_orientation=False))
+    try:
+        pipeline.build()
+        pipeline.run()
+    except RuntimeError:
+        return "cannot be decoded: it is damaged, cut short, or not an image"
+    return ""

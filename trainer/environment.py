@@ -1,0 +1,87 @@
+"""The process environment, read here and nowhere else: which rank this is, and what of it is worth recording.
+
+torchrun's variables come first, then SLURM's (one `srun` task a rank), else this is a lone process. A half-set
+environment is an error: guessing would give each node a world of its own. Imports no torch, so that a mistake in a
+config is answered at once.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from dataclasses import dataclass
+
+from trainer.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands. `rank` is global, `local_rank` counts within the node: never interchangeable."""
+
+    rank: int
+    local_rank: int
+    size: int
+    local_size: int
+
+
+def place() -> Place:
+    """This process's place, from torchrun's or SLURM's variables; ConfigError where they are half set."""
+    torchrun = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    given = [name for name in torchrun if name in os.environ]
+    if given and len(given) < len(torchrun):
+        missing = ", ".join(name for name in torchrun if name not in given)
+        raise ConfigError(
+            f"the environment has {', '.join(given)} but not {missing}: start with torchrun, or unset them"
+        )
+    if given:
+        rank, local_rank, size = (int(os.environ[name]) for name in torchrun)
+        return Place(rank, local_rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+    # SLURM_PROCID alone also stands in a batch script or an interactive shell, where this is one process.
+    if "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        size = int(os.environ["SLURM_STEP_NUM_TASKS"])
+        nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
+        return Place(int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_LOCALID"]), size, -(-size // nodes))
+    return Place(0, 0, 1, 1)
+
+
+def cores(local_size: int) -> int:
+    """CPU cores for each of `local_size` ranks on this node: a share of those the node lets this process use."""
+    return max(1, len(os.sched_getaffinity(0)) // local_size)
+
+
+def threads_chosen() -> bool:
+    """Whether somebody chose a number of threads; torchrun sets 1 where nobody did."""
+    return os.environ.get("OMP_NUM_THREADS", "1") != "1"
+
+
+def set_rendezvous() -> None:
+    """MASTER_ADDR and MASTER_PORT where only SLURM has said where the ranks are."""
+    if "MASTER_ADDR" in os.environ:
+        return
+    nodes = os.environ["SLURM_STEP_NODELIST"]
+    try:
+        command = ["scontrol", "show", "hostnames", nodes]
+        first = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split()[0]
+        socket.getaddrinfo(first, None)
+    except (OSError, subprocess.SubprocessError, IndexError) as error:
+        raise ConfigError(
+            f"cannot find the first of the nodes {nodes}: {error}; set MASTER_ADDR and MASTER_PORT"
+        ) from error
+    os.environ["MASTER_ADDR"] = first
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
+
+
+def recorded() -> dict[str, str]:
+    """What is worth recording of the process environment: an allow-list, because the rest may hold secrets."""
+    names = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "CONDA_PREFIX")
+    prefixes = (
+        "SLURM_JOB_",
+        "SLURM_NTASKS",
+        "SLURM_NNODES",
+        "SLURM_RESTART",
+        "TORCHELASTIC_RE",
+        "NCCL_",
+        "TORCH_NCCL_",
+    )
+    return {k: v for k, v in sorted(os.environ.items()) if k in names or k.startswith(prefixes)}

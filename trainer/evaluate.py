@@ -1,0 +1,43 @@
+"""Evaluation in which every image counts exactly once, for any number of ranks and any batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from trainer.data.loader import EvaluationBatches
+from trainer.distributed import World
+from trainer.metrics import Averages, Pending, sums
+from trainer.precision import autocast
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    batches: EvaluationBatches,
+    world: World,
+    dtype: torch.dtype | None,
+    progress: Callable[[int], None] = lambda images: None,
+) -> Averages:
+    """Cross-entropy and accuracy of `model` over the whole set; every rank calls it and gets the same.
+
+    Args:
+        model: the bare network, the same on every rank. Its mode is restored.
+        dtype: to autocast to, None for fp32.
+        progress: called with this rank's number of images after each batch.
+    """
+    training = model.training
+    model.eval()
+    total = torch.zeros(4, dtype=torch.float64, device=world.device)
+    for images, labels in batches:
+        with autocast(dtype, world.device):
+            logits = model(images).float()
+        total += sums(functional.cross_entropy(logits, labels), logits, labels)
+        progress(len(labels))
+    model.train(training)
+    result = Pending(total, world).read()
+    assert result.count == len(batches), f"evaluated {result.count} of {len(batches)} images"
+    return result

@@ -1,0 +1,84 @@
+"""The training loop: steps, and nothing else. No files, no prints, no ranks, no waiting for the device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from trainer.data.loader import Batch
+from trainer.metrics import sums
+from trainer.optim import set_lr
+from trainer.precision import autocast
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learner:
+    """What a step changes, and how."""
+
+    model: nn.Module  # may be wrapped in DistributedDataParallel
+    optimizer: torch.optim.Optimizer
+    criterion: nn.Module
+    scaler: torch.amp.GradScaler
+    lr_at: Callable[[int], float]
+    device: torch.device
+    dtype: torch.dtype | None  # to autocast to
+    accumulation: int
+    clip_norm: float | None
+    seed: int  # of what the network draws (dropout): a function of (seed, step), so that nothing needs saving
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimiser step; tensors are on the device and not yet waited for."""
+
+    step: int
+    lr: float
+    totals: torch.Tensor  # float64 (5,): trainer.metrics.sums of this rank's images, then the gradient's norm
+    data_seconds: float  # the host's wait for batches
+
+
+def train_steps(learner: Learner, batches: Iterator[Batch], steps: Iterable[int]) -> Iterator[StepRecord]:
+    """Take `steps` one after the other, yielding a record after each."""
+    learner.model.train()
+    for step in steps:
+        lr = learner.lr_at(step)
+        set_lr(learner.optimizer, lr)
+        torch.manual_seed(learner.seed + step)
+        totals = torch.zeros(5, dtype=torch.float64, device=learner.device)
+        waited = 0.0
+        for micro in range(learner.accumulation):
+            start = time.perf_counter()
+            images, labels = next(batches)
+            waited += time.perf_counter() - start
+            totals[:4] += _accumulate(learner, images, labels, last=micro == learner.accumulation - 1)
+        totals[4] = _update(learner)
+        yield StepRecord(step, lr, totals, waited)
+
+
+def _accumulate(learner: Learner, images: torch.Tensor, labels: torch.Tensor, *, last: bool) -> torch.Tensor:
+    """One forward and backward pass; only the last of a step reduces gradients over the ranks."""
+    local = nullcontext() if last or not hasattr(learner.model, "no_sync") else learner.model.no_sync()
+    with local:
+        with autocast(learner.dtype, learner.device):
+            logits = learner.model(images)
+            loss = learner.criterion(logits.float(), labels)
+        learner.scaler.scale(loss / learner.accumulation).backward()
+    return sums(loss, logits, labels)
+
+
+def _update(learner: Learner) -> torch.Tensor:
+    """Apply the gradients; returns their norm, a scalar on the device."""
+    learner.scaler.unscale_(learner.optimizer)
+    parameters = [p for group in learner.optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if learner.clip_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, learner.clip_norm, norm)
+    learner.scaler.step(learner.optimizer)
+    learner.scaler.update()
+    learner.optimizer.zero_grad(set_to_none=True)
+    return norm.detach()

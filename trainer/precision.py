@@ -1,0 +1,46 @@
+"""Number formats: which autocast, which loss scaling, which kernels."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from trainer.config import Config, ConfigError, Precision
+
+
+def amp_dtype(options: Precision, device: torch.device) -> torch.dtype | None:
+    """The dtype to autocast to, None for fp32. `auto`: bf16 where the hardware multiplies it, else fp16 on a GPU."""
+    if options.amp == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+        return torch.bfloat16 if _cpu_multiplies_bf16() else None
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[options.amp]
+    if dtype is torch.float16 and device.type == "cpu":
+        raise ConfigError("precision.amp=fp16 needs a GPU: use precision.amp=auto, bf16 or fp32 on a CPU")
+    return dtype
+
+
+def autocast(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager:
+    """A context for forward passes; reusable."""
+    return torch.autocast(device.type, dtype=dtype) if dtype is not None else nullcontext()
+
+
+def grad_scaler(options: Precision, dtype: torch.dtype | None, device: torch.device) -> torch.amp.GradScaler:
+    """A loss scaler, which does nothing unless the dtype is fp16: bf16 has the range of fp32."""
+    return torch.amp.GradScaler(device.type, init_scale=options.loss_scale, enabled=dtype is torch.float16)
+
+
+def set_kernels(config: Config, device: torch.device) -> None:
+    """Process-wide choices of kernels: TF32, cuDNN's autotuner, determinism."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = config.precision.tf32
+        torch.backends.cudnn.allow_tf32 = config.precision.tf32
+        torch.backends.cudnn.benchmark = not config.deterministic
+    torch.use_deterministic_algorithms(config.deterministic)
+
+
+def _cpu_multiplies_bf16() -> bool:
+    # Without such instructions bf16 is emulated, many times slower than fp32.
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in names)

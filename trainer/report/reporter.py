@@ -1,0 +1,97 @@
+"""The run's records, as they happen, to every place that wants them. Ranks other than the main one get `Silent`."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from trainer.metrics import Averages
+from trainer.plan import Plan
+from trainer.report.console import Console
+from trainer.report.folder import RunFolder
+from trainer.report.speed import Stopwatch
+
+
+class Silent:
+    """A reporter that tells nobody. Every method is called by the training loop on every rank."""
+
+    wall_seconds = 0.0
+
+    def say(self, text: str) -> None: ...
+
+    def step(self, step: int, data_seconds: float) -> None:
+        """`step` steps are done; the last one waited `data_seconds` for its images on this rank."""
+
+    def train(self, step: int, averages: Averages, lr: float, grad_norm: float) -> None:
+        """Averages since the last such record, up to `step`."""
+
+    def evaluation(self, step: int, averages: Averages, seconds: float) -> None: ...
+
+    def pause(self) -> None:
+        """Something other than a step took place: it does not count as training time."""
+
+    def finish(self, status: str, **facts: Any) -> None:
+        """The run ends as `status` (done | stopped | failed); `facts` go to summary.json."""
+
+
+class Reporter(Silent):
+    """The main rank's."""
+
+    def __init__(self, plan: Plan, folder: RunFolder, wall_seconds: float) -> None:
+        self._plan, self._folder = plan, folder
+        self._console = Console(plan)
+        self._watch = Stopwatch()
+        self._began = time.monotonic() - wall_seconds
+
+    @property
+    def wall_seconds(self) -> float:
+        """Since the start, over all restarts."""
+        return time.monotonic() - self._began
+
+    def say(self, text: str) -> None:
+        self._console.say(text)
+
+    def step(self, step: int, data_seconds: float) -> None:
+        self._watch.step(self._plan.global_batch, data_seconds)
+        self._console.step(step)
+
+    def train(self, step: int, averages: Averages, lr: float, grad_norm: float) -> None:
+        speed, wait = self._watch.window()
+        figures = {"lr": lr, "grad_norm": grad_norm, "images_per_second": speed, "data_wait_fraction": wait}
+        record = self._record("train", step, averages, **figures)
+        self._folder.add_metrics(record)
+        self._console.train(record)
+
+    def evaluation(self, step: int, averages: Averages, seconds: float) -> None:
+        record = self._record("eval", step, averages, count=averages.count, seconds=round(seconds, 3))
+        self._folder.add_metrics(record)
+        self._console.evaluation(record)
+
+    def pause(self) -> None:
+        self._watch.skip()
+
+    def finish(self, status: str, **facts: Any) -> None:
+        speed, _ = self._watch.whole()
+        summary = {"status": status, **facts, "images_per_second": speed, "wall_seconds": round(self.wall_seconds, 3)}
+        self._folder.write("summary.json", summary)
+        self._console.close()
+        top1 = summary.get("last_top1")
+        if top1 is not None:
+            self.say(f"top-1     {top1:.2f}% (best {summary['best_top1']:.2f}%)")
+        if speed is not None:
+            self.say(f"speed     {speed:,.0f} images/s (without warm-up, evaluation and saving)")
+        self.say(f"{status:<9} {self._folder.path}")
+
+    def _record(self, kind: str, step: int, averages: Averages, **more: Any) -> dict[str, Any]:
+        samples = step * self._plan.global_batch
+        return {
+            "kind": kind,
+            "step": step,
+            "epoch": round(samples / self._plan.samples, 4),
+            "samples": samples,
+            "loss": averages.loss,
+            "top1": averages.top1,
+            "top5": averages.top5,
+            **more,
+            "wall_seconds": round(self.wall_seconds, 3),
+        }

@@ -1,0 +1,327 @@
+"""train(config): the stages of a run in the order of its data flow, and when to log, evaluate, save and stop."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer import checkpoint, configfile, environment, losses, optim, precision, schedule
+from trainer.config import Config, ConfigError
+from trainer.data.loader import Batch, DataSet, EvaluationBatches, open_data, training_batches
+from trainer.distributed import Agreement, World, world
+from trainer.evaluate import evaluate
+from trainer.loop import Learner, train_steps
+from trainer.metrics import Pending, averages
+from trainer.models import build
+from trainer.models.buffers import averaged_buffers
+from trainer.plan import Plan
+from trainer.report.folder import RunFolder, provenance
+from trainer.report.reporter import Reporter, Silent
+from trainer.state import RunState
+
+DONE, STOPPED = 0, 75  # exit statuses; 75 is EX_TEMPFAIL: run the same command again to go on
+
+# What a resumed run may change: where it runs and what it tells, nothing that it computes.
+FREE = ("output_dir", "device", "max_batch_per_gpu", "data.root", "data.train", "data.val", "data.decoder")
+FREE += ("data.threads", "data.prefetch", "loop.", "distributed.", "checkpoint.", "report.")
+
+
+class NonFiniteError(RuntimeError):
+    """The loss is not a finite number."""
+
+
+def train(config: Config, command: list[str]) -> int:
+    """Run `config` to its end or to a signal, resuming what its output_dir holds; returns the exit status.
+
+    Args:
+        command: the command line, for the record.
+
+    Raises:
+        ConfigError: the user's mistake, before anything is written, or an image that cannot be decoded.
+        NonFiniteError: the loss is NaN or infinite.
+    """
+    with world(config) as here, Agreement(here) as agreement:
+        precision.set_kernels(config, here.device)
+        data = open_data(config, here)
+        plan = Plan.of(config, here.size, data.samples)
+        torch.manual_seed(config.seed)
+        model = build.create(config.model, _classes(config, data))
+        if config.model.weights:
+            build.load_weights(model, config.model.weights)
+        learner = _learner(config, plan, here, model)
+
+        state = RunState(learner, here)
+        folder = RunFolder(config.output_dir)
+        newest = here.on_main(lambda: _enter(folder, config))
+        try:
+            if newest is not None:
+                _restore(state, newest, config, data)
+            return _Run(config, here, agreement, plan, data, state, folder).go(command)
+        finally:
+            folder.release()
+
+
+def _classes(config: Config, data: DataSet) -> int:
+    """Classes of the network: as many as the data has, or as many as asked for if that is enough."""
+    asked, present = config.model.num_classes, len(data.classes)
+    if asked is not None and asked < present:
+        raise ConfigError(
+            f"model.num_classes={asked}, but the data has {present} classes: use {present}, or leave it out"
+        )
+    return asked or present
+
+
+def _learner(config: Config, plan: Plan, here: World, model: nn.Module) -> Learner:
+    """The network on its device, its optimiser, loss, scaler and schedule."""
+    dtype = precision.amp_dtype(config.precision, here.device)
+    model = build.parallelize(
+        model,
+        here,
+        channels_last=config.precision.channels_last,
+        compile=config.precision.compile,
+        bucket_mb=config.distributed.bucket_mb,
+        sync_bn=config.distributed.sync_bn,
+    )
+    return Learner(
+        model=model,
+        optimizer=optim.create(config.optim, model, here.device),
+        criterion=losses.create(config.loss),
+        scaler=precision.grad_scaler(config.precision, dtype, here.device),
+        lr_at=lambda step: schedule.lr_at(step, config.schedule, config.optim, plan),
+        device=here.device,
+        dtype=dtype,
+        accumulation=plan.accumulation,
+        clip_norm=config.optim.clip_norm,
+        seed=(config.seed * 1_000_003 + here.rank) << 24,
+    )
+
+
+def _enter(folder: RunFolder, config: Config) -> Path | None:
+    """Take the run folder and return the newest whole checkpoint in it; ConfigError if it is another run's or in use."""
+    folder.acquire()
+    before = folder.path / "config.yaml"
+    if before.exists():
+        _refuse_changed(configfile.load(before), config, folder.path)
+    else:
+        folder.write("config.yaml", configfile.to_yaml(config))
+    return checkpoint.newest_whole(folder.checkpoints)
+
+
+def _refuse_changed(before: Config, now: Config, path: Path) -> None:
+    old, new = configfile.flat(before), configfile.flat(now)
+    changed = [key for key in new if new[key] != old[key] and not key.startswith(FREE)]
+    if changed:
+        differences = ", ".join(f"{key}={new[key]} (was {old[key]})" for key in changed[:4])
+        raise ConfigError(
+            f"{path} holds a run with other options: {differences}: restore them or choose another"
+        )
+
+
+def _restore(state: RunState, newest: Path, config: Config, data: DataSet) -> None:
+    """Take up the run where the checkpoint at `newest` left it; ConfigError if its data has changed."""
+    saved = checkpoint.load(newest)
+    if saved["data"] != data.digest:
+        raise ConfigError(
+            f"the training data of data.root={config.data.root} is not what {config.output_dir} began with: "
+            "restore it, or choose another output_dir"
+        )
+    state.load_state_dict(saved)
+
+
+@dataclass
+class _Run:
+    """A run under way."""
+
+    config: Config
+    here: World
+    agreement: Agreement
+    plan: Plan
+    data: DataSet
+    state: RunState
+    folder: RunFolder
+    reporter: Silent = field(default_factory=Silent)
+
+    def __post_init__(self) -> None:
+        config, plan = self.config, self.plan
+        self.progress, self.learner = self.state.progress, self.state.learner
+        self.last_step = min(plan.total_steps, config.loop.max_steps or plan.total_steps)
+        self.due: _Due | None = None
+        self.saved_at = time.monotonic()
+        self.evaluation: EvaluationBatches | None = None
+        if self.data.val is not None:
+            self.evaluation = EvaluationBatches(config, self.data.val, self.here, plan.batch)
+
+    # What happens, in order.
+
+    def go(self, command: list[str]) -> int:
+        """Train to the end or to a signal; returns the exit status."""
+        if self.progress.closed >= self.last_step:
+            if self.here.is_main:
+                print(f"{self.folder.path} is finished ({self.progress.step} steps): nothing is left to do")
+            return DONE
+        if self.here.is_main:
+            self.reporter = Reporter(self.plan, self.folder, self.progress.wall_seconds)
+            self.folder.rewind_metrics(self.progress.step)
+            self.folder.write("run.json", self._record_of_origin(command))
+        self._introduce()
+        try:
+            stopped_by = self._train()
+        except BaseException as error:
+            self._finish("failed", error=f"{type(error).__name__}: {error}")
+            raise
+        if stopped_by:
+            self.reporter.say(f"stopped by {signal.Signals(stopped_by).name}; the same command goes on from here")
+        self._finish("stopped" if stopped_by else "done")
+        return STOPPED if stopped_by else DONE
+
+    def _train(self) -> int:
+        """From epoch's end to epoch's end; returns the signal that ended it, 0 at the end."""
+        batches = training_batches(self.config, self.data, self.plan, self.here, self.progress.step)
+        while self.progress.closed < self.last_step:
+            end = min(self.plan.epoch_end(self.progress.closed), self.last_step)
+            stopped_by = self._steps(batches, end)
+            if stopped_by:
+                self._save()
+                return stopped_by
+            top1 = self._evaluate() if self._evaluation_due(end) else None
+            self.progress.closed = end
+            self._save(top1)
+        return 0
+
+    def _steps(self, batches: Iterator[Batch], end: int) -> int:
+        """Step until `end`; returns the signal that all ranks agreed to stop for before that, 0 for none."""
+        for record in train_steps(self.learner, batches, range(self.progress.step, end)):
+            self.progress.step = record.step + 1
+            self.reporter.step(self.progress.step, record.data_seconds)
+            self.state.window[:5] += record.totals
+            self.state.window[5] += 1
+            self._tell()
+            if self.progress.step % self.config.report.log_every == 0 or self.progress.step == end:
+                self.due = _Due(self.progress.step, record.lr, Pending(self.state.window, self.here))
+                self.state.window.zero_()
+            stopped_by, save = self.agreement.agreed(self._save_due())
+            if stopped_by:
+                return stopped_by
+            if save and self.progress.step < end:
+                self._save()
+        self._tell()
+        return 0
+
+    def _tell(self) -> None:
+        """Report the record that fell due a step ago: by now the device has it."""
+        if self.due is None:
+            return
+        due, self.due = self.due, None
+        *totals, norms, steps = due.totals.values()
+        self._demand_finite(totals[0] + norms if not self.learner.scaler.is_enabled() else totals[0], due.step)
+        self.reporter.train(due.step, averages(totals), due.lr, norms / steps)
+
+    def _demand_finite(self, value: float, step: int) -> None:
+        if not math.isfinite(value):
+            log_every = self.config.report.log_every
+            first = (step - 1) // log_every * log_every
+            raise NonFiniteError(
+                f"the loss or the gradient is {value} somewhere in steps {first} to {step - 1}: "
+                "lower optim.lr, lengthen schedule.warmup_epochs or set optim.clip_norm"
+            )
+
+    # Evaluating and saving.
+
+    def _evaluation_due(self, end: int) -> bool:
+        every = self.config.loop.eval_every
+        return self.evaluation is not None and (end == self.last_step or self.plan.epoch_of(end) % every == 0)
+
+    def _evaluate(self) -> float:
+        """Evaluate, report, and return top-1 in percent."""
+        assert self.evaluation is not None
+        began = time.monotonic()
+        with averaged_buffers(self.state.model, self.here):
+            found = evaluate(self.state.model, self.evaluation, self.here, self.learner.dtype)
+        self.progress.last_top1 = found.top1
+        self.progress.best_top1 = max(found.top1, self.progress.best_top1 or 0.0)
+        self.reporter.evaluation(self.progress.step, found, time.monotonic() - began)
+        self.reporter.pause()
+        return found.top1
+
+    def _save_due(self) -> bool:
+        """Whether this rank finds that a save is due; the clock is the main rank's alone."""
+        options = self.config.checkpoint
+        by_steps = options.every_steps is not None and self.progress.step % options.every_steps == 0
+        minutes = (time.monotonic() - self.saved_at) / 60
+        return by_steps or (
+            self.here.is_main and options.every_minutes is not None and minutes >= options.every_minutes
+        )
+
+    def _save(self, top1: float | None = None) -> None:
+        """Save on the main rank; a full disk is warned of and the run goes on."""
+        self._tell()
+        unfinished = Pending(self.state.window, self.here).values()
+        self._demand_finite(unfinished[0], self.progress.step)
+        ranks = self.state.gather()
+        self.saved_at = time.monotonic()
+        self.reporter.pause()
+        if not self.here.is_main:
+            return
+        self.progress.wall_seconds = self.reporter.wall_seconds
+        state = self.state.state_dict(ranks) | {
+            "config": configfile.to_dict(self.config),
+            "classes": list(self.data.classes),
+            "data": self.data.digest,
+        }
+        try:
+            checkpoint.save(self.folder.checkpoints, self.progress.step, state, top1)
+            checkpoint.prune(self.folder.checkpoints, self.config.checkpoint.keep)
+        except (OSError, RuntimeError) as error:  # torch.save says a full disk as RuntimeError
+            self.reporter.say(f"warning: step {self.progress.step} is not saved ({error}); training goes on")
+
+    # Words.
+
+    def _introduce(self) -> None:
+        """Say once what is trained, where, and the arithmetic."""
+        config, progress = self.config, self.progress
+        parameters = sum(p.numel() for p in self.state.model.parameters()) / 1e6
+        dtype = str(self.learner.dtype or torch.float32).removeprefix("torch.")
+        begun = f", going on after step {progress.step}" if progress.step else ""
+        self.reporter.say(f"run       {self.folder.path}{begun}")
+        self.reporter.say(
+            f"model     {config.model.name}: {parameters:.2f} M parameters, {len(self.data.classes)} classes"
+        )
+        self.reporter.say(f"devices   {self.here.size} x {self.here.device_name}, {dtype}")
+        self.reporter.say(f"plan      {self.plan}")
+        self.reporter.say(f"optim     {config.optim.name}, peak lr {config.optim.lr:g} as given: nothing is scaled")
+
+    def _record_of_origin(self, command: list[str]) -> dict[str, Any]:
+        return {
+            **provenance(command, environment.recorded()),
+            "devices": f"{self.here.size} x {self.here.device_name}",
+            "seed": self.config.seed,
+            "plan": asdict(self.plan),
+        }
+
+    def _finish(self, status: str, **facts: Any) -> None:
+        progress = self.progress
+        self.reporter.finish(
+            status,
+            best_top1=progress.best_top1,
+            last_top1=progress.last_top1,
+            epochs=round(progress.step * self.plan.global_batch / self.plan.samples, 4),
+            steps=progress.step,
+            **facts,
+        )
+
+
+@dataclass(frozen=True)
+class _Due:
+    """A record to be reported a step later."""
+
+    step: int
+    lr: float
+    totals: Pending
