@@ -52,9 +52,10 @@ def _prepare(options: argparse.Namespace) -> int:
 
 def _describe(options: argparse.Namespace) -> int:
     config = configfile.load(None, options.overrides)
-    from trainer.models.describe import describe
+    from trainer.models import build, summary
 
-    print(describe(config))
+    model = build.create(config.model, config.model.num_classes or 1000)
+    print(summary.format_table(summary.layer_table(model, config.data.image_size)))
     return 0
 
 

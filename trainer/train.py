@@ -7,13 +7,12 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from trainer import checkpoint, configfile, environment, losses, optim, precision, schedule
+from trainer import checkpoint, configfile, environment, losses, optim, precision, resume, schedule
 from trainer.config import Config, ConfigError
 from trainer.data.loader import Batch, DataSet, EvaluationBatches, open_data, training_batches
 from trainer.distributed import Agreement, World, world
@@ -28,10 +27,6 @@ from trainer.report.reporter import Reporter, Silent
 from trainer.state import RunState
 
 DONE, STOPPED = 0, 75  # exit statuses; 75 is EX_TEMPFAIL: run the same command again to go on
-
-# What a resumed run may change: where it runs and what it tells, nothing that it computes.
-FREE = ("output_dir", "device", "max_batch_per_gpu", "data.root", "data.train", "data.val", "data.decoder")
-FREE += ("data.threads", "data.prefetch", "loop.", "distributed.", "checkpoint.", "report.")
 
 
 class NonFiniteError(RuntimeError):
@@ -60,10 +55,10 @@ def train(config: Config, command: list[str]) -> int:
 
         state = RunState(learner, here)
         folder = RunFolder(config.output_dir)
-        newest = here.on_main(lambda: _enter(folder, config))
+        newest = here.on_main(lambda: resume.enter(folder, config))
         try:
             if newest is not None:
-                _restore(state, newest, config, data)
+                resume.restore(state, newest, config, data)
             return _Run(config, here, agreement, plan, data, state, folder).go(command)
         finally:
             folder.release()
@@ -102,38 +97,6 @@ def _learner(config: Config, plan: Plan, here: World, model: nn.Module) -> Learn
         clip_norm=config.optim.clip_norm,
         seed=(config.seed * 1_000_003 + here.rank) << 24,
     )
-
-
-def _enter(folder: RunFolder, config: Config) -> Path | None:
-    """Take the run folder and return the newest whole checkpoint in it; ConfigError if it is another run's or in use."""
-    folder.acquire()
-    before = folder.path / "config.yaml"
-    if before.exists():
-        _refuse_changed(configfile.load(before), config, folder.path)
-    else:
-        folder.write("config.yaml", configfile.to_yaml(config))
-    return checkpoint.newest_whole(folder.checkpoints)
-
-
-def _refuse_changed(before: Config, now: Config, path: Path) -> None:
-    old, new = configfile.flat(before), configfile.flat(now)
-    changed = [key for key in new if new[key] != old[key] and not key.startswith(FREE)]
-    if changed:
-        differences = ", ".join(f"{key}={new[key]} (was {old[key]})" for key in changed[:4])
-        raise ConfigError(
-            f"{path} holds a run with other options: {differences}: restore them or choose another"
-        )
-
-
-def _restore(state: RunState, newest: Path, config: Config, data: DataSet) -> None:
-    """Take up the run where the checkpoint at `newest` left it; ConfigError if its data has changed."""
-    saved = checkpoint.load(newest)
-    if saved["data"] != data.digest:
-        raise ConfigError(
-            f"the training data of data.root={config.data.root} is not what {config.output_dir} began with: "
-            "restore it, or choose another output_dir"
-        )
-    state.load_state_dict(saved)
 
 
 @dataclass

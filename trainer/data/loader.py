@@ -24,6 +24,12 @@ VALIDATION_FOLDERS = ("val", "validation", "test")
 Batch = tuple[torch.Tensor, torch.Tensor]  # images (n, 3, size, size) in channels-last memory, labels int64 (n,)
 
 
+class UndecodableError(DataError):
+    """An image that cannot be decoded, met in mid-run by one rank."""
+
+    everywhere = False
+
+
 @dataclass(frozen=True)
 class DataSet:
     """The rows to train on and to evaluate on; `val` is None where nothing is evaluated."""
@@ -42,18 +48,29 @@ def open_data(config: Config, world: World, progress: Callable[[int, int], None]
         names = tuple(f"class{i}" for i in range(data.synthetic_classes))
         return DataSet(None, None, data.synthetic_samples, names, "synthetic")
 
+    workers = 4 * world.cores  # they wait for the disk more than they compute
+
     def scan() -> tuple[Index, Index | None]:
-        train = open_index(find_split(data.root, data.train, ()), workers=world.cores * 4, progress=progress)
+        train = open_index(find_split(data.root, data.train, ()), workers=workers, progress=progress)
         if not config.loop.eval_every:
             return train, None
-        val = open_index(
-            find_split(data.root, data.val, VALIDATION_FOLDERS), workers=world.cores * 4, progress=progress
-        )
+        val = open_index(find_split(data.root, data.val, VALIDATION_FOLDERS), workers=workers, progress=progress)
         check_same_classes(train, val)
         return train, val
 
     train, val = world.first_on_node(scan)
     return DataSet(train, val, len(train), train.classes, train.digest)
+
+
+def open_validation(config: Config, world: World) -> Index:
+    """The evaluation images alone; DataError if they are not sound."""
+    if config.data.source == "synthetic":
+        raise DataError("data.source=synthetic has nothing to evaluate: use data.source=dali")
+
+    def scan() -> Index:
+        return open_index(find_split(config.data.root, config.data.val, VALIDATION_FOLDERS), workers=4 * world.cores)
+
+    return world.first_on_node(scan)
 
 
 def training_batches(config: Config, data: DataSet, plan: Plan, world: World, first_step: int) -> Iterator[Batch]:
@@ -188,10 +205,8 @@ class _Decoder:
             (path,) = index.paths(np.array([row]))
             reason = self._dali.why_undecodable(path, self._graph)
             if reason:
-                label = index.classes[index.labels[row]]
-                return DataError(
-                    f"{path} (row {row}, class {label}) {reason}: repair or remove the file, then run again"
-                )
+                place = f"{path} (row {row}, class {index.classes[index.labels[row]]})"
+                return UndecodableError(f"{place} {reason}: put a sound copy in its place, then run again")
         return error
 
 

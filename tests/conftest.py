@@ -1,0 +1,98 @@
+"""Small real data, and runs of the real commands in real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that has ended."""
+
+    status: int
+    output: str
+    errors: str
+
+
+def command(*arguments: object, ranks: int = 1, timeout: float = 240) -> Finished:
+    """Run `python -m trainer ARGUMENTS`, under torchrun where there are several ranks, one thread each."""
+    module = ["-m", "trainer", *map(str, arguments)]
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [*start, *module],
+        cwd=REPOSITORY,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,  # so that a hang ends with all its ranks
+    )
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        output, errors = process.communicate()
+        pytest.fail(f"{module} did not end within {timeout} s:\n{output}\n{errors}")
+    return Finished(process.returncode, output, errors)
+
+
+def metrics(run: Path, kind: str) -> list[dict]:
+    """The records of one kind in a run folder."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def summary(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text())
+
+
+def draw(folder: Path, classes: int, per_class: list[int], seed: int, side: int = 48) -> None:
+    """JPEG files whose brightness gradient tells the class, of many sizes, `per_class[i]` of class i."""
+    random = np.random.default_rng(seed)
+    for label in range(classes):
+        (folder / f"class{label}").mkdir(parents=True)
+        for number in range(per_class[label]):
+            width, height = random.integers(side, 2 * side, 2)
+            y, x = np.mgrid[0:height, 0:width] / max(width, height)
+            angle = 2 * np.pi * label / classes
+            ramp = 128 + 80 * (np.cos(angle) * (x - 0.5) + np.sin(angle) * (y - 0.5))
+            pixels = np.clip(ramp[..., None] + random.normal(0, 12, (height, width, 3)), 0, 255)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"class{label}" / f"{number:03}.JPEG", quality=92)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4 classes, 48 training images and 23 to evaluate: a number that no number of ranks here divides."""
+    root = tmp_path_factory.mktemp("tiny")
+    draw(root / "train", 4, [12] * 4, seed=1)
+    draw(root / "val", 4, [7, 5, 6, 5], seed=2)
+    return root
+
+
+@pytest.fixture(scope="session")
+def imagenet_sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 real full-size ImageNet JPEGs, one folder a class."""
+    archive = SHARED_DATA / "imagenet-sample.tar"
+    if not archive.exists():
+        pytest.skip("the 300 real ImageNet JPEGs are not on this machine (shared/data/imagenet-sample.tar)")
+    root = tmp_path_factory.mktemp("sample")
+    with tarfile.open(archive) as tar:
+        tar.extractall(root, filter="data")
+    return root / "imagenet-sample"
