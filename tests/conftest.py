@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
 import tarfile
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from trainer.__main__ import main
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
@@ -27,12 +32,22 @@ class Finished:
     errors: str
 
 
-def command(*arguments: object, ranks: int = 1, timeout: float = 240) -> Finished:
-    """Run `python -m trainer ARGUMENTS`, under torchrun where there are several ranks, one thread each."""
+def here(*arguments: object) -> Finished:
+    """Run `python -m trainer ARGUMENTS` in this process: importing torch anew would take longer than most runs."""
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        try:
+            status = main([str(argument) for argument in arguments])
+        except Exception:
+            traceback.print_exc()
+            status = 1  # what Python exits with
+    return Finished(status, output.getvalue(), errors.getvalue())
+
+
+def torchrun(*arguments: object, ranks: int, timeout: float = 240) -> Finished:
+    """Run `torchrun -m trainer ARGUMENTS` with some ranks of one thread each."""
     module = ["-m", "trainer", *map(str, arguments)]
-    start = [sys.executable]
-    if ranks > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, Finished, command, draw, metrics, summary
+from conftest import REPOSITORY, Finished, draw, here, metrics, summary, torchrun
 
 from trainer import checkpoint
 
@@ -34,7 +34,7 @@ def config(tmp_path: Path) -> Path:
 
 def train(config: Path, data: Path, run: Path, *overrides: str, ranks: int = 1) -> Finished:
     options = [f"data.root={data}", f"output_dir={run}", *SMALL, *EVERY_STEP, *overrides]
-    return command("train", config, *options, ranks=ranks)
+    return here("train", config, *options) if ranks == 1 else torchrun("train", config, *options, ranks=ranks)
 
 
 def curve(run: Path, kind: str = "train", *keys: str) -> torch.Tensor:
@@ -88,8 +88,9 @@ def test_ranks_and_accumulation_do_not_change_the_arithmetic(
     expected = curve(reference, "eval", "loss", "top1", "top5", "count")
     assert torch.equal(evaluated[:, 3], expected[:, 3]) and (evaluated[:, 3] == 23).all()
     assert torch.allclose(evaluated, expected, rtol=1e-4)
+    learnt = weights(tmp_path / "run")
     for name, tensor in weights(reference).items():
-        assert torch.allclose(weights(tmp_path / "run")[name], tensor, atol=1e-4), name
+        assert torch.allclose(learnt[name], tensor, atol=1e-4), name
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -103,8 +104,9 @@ def test_stopped_in_mid_epoch_and_run_again_is_bitwise_never_stopped(
     assert part.status == 0 and summary(tmp_path / "parts")["steps"] == 5
     again = train(config, tiny, tmp_path / "parts", *options, ranks=ranks)
     assert again.status == 0 and "going on after step 5" in again.output, again.errors
+    resumed = weights(tmp_path / "parts")
     for name, tensor in weights(tmp_path / "whole").items():
-        assert torch.equal(weights(tmp_path / "parts")[name], tensor), name
+        assert torch.equal(resumed[name], tensor), name
     later = {r["step"]: r["loss"] for r in metrics(tmp_path / "parts", "train") if r["step"] > 6}
     assert later and later == {r["step"]: r["loss"] for r in metrics(tmp_path / "whole", "train") if r["step"] > 6}
     assert curve(tmp_path / "whole", "eval", "loss", "top1")[-1].equal(
@@ -268,13 +270,13 @@ def test_a_file_damaged_in_mid_run_is_named_by_the_rank_that_met_it(config: Path
 
 
 def test_evaluate_finds_what_the_run_found(config: Path, tiny: Path, reference: Path, tmp_path: Path) -> None:
-    for target, ranks in ((reference, 1), (checkpoint.newest_whole(reference / "checkpoints"), 2)):
-        done = command("evaluate", target, ranks=ranks)
+    newest = checkpoint.newest_whole(reference / "checkpoints")
+    for done in (here("evaluate", reference), torchrun("evaluate", newest, ranks=2)):
         assert done.status == 0, done.errors
         found = json.loads(done.output.splitlines()[-1])
         assert found["count"] == 23 and found["top1"] == pytest.approx(summary(reference)["last_top1"])
     torch.save(weights(reference), tmp_path / "bare.pt")
-    done = command(
+    done = here(
         "evaluate",
         config,
         f"data.root={tiny}",
@@ -283,7 +285,7 @@ def test_evaluate_finds_what_the_run_found(config: Path, tiny: Path, reference: 
         "model.weights=" + str(tmp_path / "bare.pt"),
     )
     assert done.status == 0 and json.loads(done.output.splitlines()[-1])["top1"] == found["top1"]
-    done = command("evaluate", config)
+    done = here("evaluate", config)
     assert done.status == 2 and "names no weights to evaluate" in done.errors
 
 
@@ -307,7 +309,7 @@ def test_the_90_epoch_recipe_learns_on_real_imagenet_files(imagenet_sample: Path
         "loop.max_steps=6",
         "loop.eval_every=0",
     ]
-    done = command("train", REPOSITORY / "configs" / "resnet50_90ep.yaml", *options, *EVERY_STEP)
+    done = here("train", REPOSITORY / "configs" / "resnet50_90ep.yaml", *options, *EVERY_STEP)
     assert done.status == 0, done.errors
     losses = curve(tmp_path / "run", "train", "loss")[:, 0]
     assert losses.isfinite().all() and losses[-2:].mean() < losses[:2].mean()

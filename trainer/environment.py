@@ -7,9 +7,11 @@ config is answered at once.
 
 from __future__ import annotations
 
+import netrc
 import os
 import socket
 import subprocess
+import urllib.parse
 from dataclasses import dataclass
 
 from trainer.config import ConfigError
@@ -43,6 +45,17 @@ def place() -> Place:
         nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
         return Place(int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_LOCALID"]), size, -(-size // nodes))
     return Place(0, 0, 1, 1)
+
+
+def has_wandb_key() -> bool:
+    """Whether W&B could log in without asking: a key in the environment or in netrc, where it looks itself."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def cores(local_size: int) -> int:

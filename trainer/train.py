@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 import signal
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from trainer.models.buffers import averaged_buffers
 from trainer.plan import Plan
 from trainer.report.folder import RunFolder, provenance
 from trainer.report.reporter import Reporter, Silent
+from trainer.report.wandb_run import WandbRun
 from trainer.state import RunState
 
 DONE, STOPPED = 0, 75  # exit statuses; 75 is EX_TEMPFAIL: run the same command again to go on
@@ -131,9 +133,7 @@ class _Run:
                 print(f"{self.folder.path} is finished ({self.progress.step} steps): nothing is left to do")
             return DONE
         if self.here.is_main:
-            self.reporter = Reporter(self.plan, self.folder, self.progress.wall_seconds)
-            self.folder.rewind_metrics(self.progress.step)
-            self.folder.write("run.json", self._record_of_origin(command))
+            self._open_report(command)
         self._introduce()
         try:
             stopped_by = self._train()
@@ -238,6 +238,7 @@ class _Run:
             "config": configfile.to_dict(self.config),
             "classes": list(self.data.classes),
             "data": self.data.digest,
+            "wandb_id": (self.folder.read("run.json") or {}).get("wandb_id"),
         }
         try:
             checkpoint.save(self.folder.checkpoints, self.progress.step, state, top1)
@@ -261,13 +262,21 @@ class _Run:
         self.reporter.say(f"plan      {self.plan}")
         self.reporter.say(f"optim     {config.optim.name}, peak lr {config.optim.lr:g} as given: nothing is scaled")
 
-    def _record_of_origin(self, command: list[str]) -> dict[str, Any]:
-        return {
+    def _open_report(self, command: list[str]) -> None:
+        """On the main rank: write down where the run comes from, and begin to report."""
+        self.folder.rewind_metrics(self.progress.step)
+        before = self.folder.read("run.json") or {}
+        origin = {
             **provenance(command, environment.recorded()),
             "devices": f"{self.here.size} x {self.here.device_name}",
             "seed": self.config.seed,
             "plan": asdict(self.plan),
+            "wandb_id": before.get("wandb_id") or secrets.token_hex(4),
         }
+        self.folder.write("run.json", origin)
+        facts = configfile.to_dict(self.config) | {"run": origin}
+        wandb_run = WandbRun(self.config.report, self.folder.path, origin["wandb_id"], facts)
+        self.reporter = Reporter(self.plan, self.folder, wandb_run, self.progress.wall_seconds)
 
     def _finish(self, status: str, **facts: Any) -> None:
         progress = self.progress

@@ -18,6 +18,7 @@ class Console:
         self._live = self._bar = None
         self._begun: tuple[int, float] | None = None
         if self._stream.isatty():
+            from rich import console
             from rich.progress import BarColumn, Progress, TextColumn
 
             columns = [
@@ -25,7 +26,7 @@ class Console:
                 BarColumn(bar_width=None),
                 TextColumn("{task.fields[figures]}"),
             ]
-            self._live = Progress(*columns, transient=True)
+            self._live = Progress(*columns, transient=True, console=console.Console(file=self._stream))
             self._bar = self._live.add_task("", total=plan.total_steps, figures="")
             self._live.start()
 

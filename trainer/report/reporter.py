@@ -10,6 +10,7 @@ from trainer.plan import Plan
 from trainer.report.console import Console
 from trainer.report.folder import RunFolder
 from trainer.report.speed import Stopwatch
+from trainer.report.wandb_run import WandbRun
 
 
 class Silent:
@@ -37,8 +38,8 @@ class Silent:
 class Reporter(Silent):
     """The main rank's."""
 
-    def __init__(self, plan: Plan, folder: RunFolder, wall_seconds: float) -> None:
-        self._plan, self._folder = plan, folder
+    def __init__(self, plan: Plan, folder: RunFolder, wandb_run: WandbRun, wall_seconds: float) -> None:
+        self._plan, self._folder, self._wandb = plan, folder, wandb_run
         self._console = Console(plan)
         self._watch = Stopwatch()
         self._began = time.monotonic() - wall_seconds
@@ -59,12 +60,10 @@ class Reporter(Silent):
         speed, wait = self._watch.window()
         figures = {"lr": lr, "grad_norm": grad_norm, "images_per_second": speed, "data_wait_fraction": wait}
         record = self._record("train", step, averages, **figures)
-        self._folder.add_metrics(record)
         self._console.train(record)
 
     def evaluation(self, step: int, averages: Averages, seconds: float) -> None:
         record = self._record("eval", step, averages, count=averages.count, seconds=round(seconds, 3))
-        self._folder.add_metrics(record)
         self._console.evaluation(record)
 
     def pause(self) -> None:
@@ -74,6 +73,7 @@ class Reporter(Silent):
         speed, _ = self._watch.whole()
         summary = {"status": status, **facts, "images_per_second": speed, "wall_seconds": round(self.wall_seconds, 3)}
         self._folder.write("summary.json", summary)
+        self._wandb.finish(summary, 1 if status == "failed" else 0)
         self._console.close()
         top1 = summary.get("last_top1")
         if top1 is not None:
@@ -83,8 +83,9 @@ class Reporter(Silent):
         self.say(f"{status:<9} {self._folder.path}")
 
     def _record(self, kind: str, step: int, averages: Averages, **more: Any) -> dict[str, Any]:
+        """Write a record down, and return it."""
         samples = step * self._plan.global_batch
-        return {
+        record = {
             "kind": kind,
             "step": step,
             "epoch": round(samples / self._plan.samples, 4),
@@ -95,3 +96,6 @@ class Reporter(Silent):
             **more,
             "wall_seconds": round(self.wall_seconds, 3),
         }
+        self._folder.add_metrics(record)
+        self._wandb.log(record)
+        return record

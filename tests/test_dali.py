@@ -1,0 +1,132 @@
+"""DALI's pixels: PIL's, from real ImageNet files (grey, EXIF-rotated, CMYK and very large ones among them)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from trainer.data import dali
+from trainer.data.augment import evaluation_windows
+
+EXIF_ORIENTATION = 274
+
+
+def decode(mode: str, files: list[Path], flips: np.ndarray, starts: np.ndarray, shapes: np.ndarray) -> torch.Tensor:
+    """Grey levels 0 to 255, NCHW, of a 224 px graph."""
+    paths = [np.frombuffer(str(file).encode(), np.uint8) for file in files]
+    rest = () if mode == "padded" else (shapes.astype(np.float32) if mode == "center" else shapes.astype(np.int32),)
+    fed = (paths, np.arange(len(files)), flips.astype(np.int32), starts.astype(np.int32), *rest)
+    graph = dali.Graph(
+        mode=mode, size=224, max_batch=len(files), threads=1, prefetch=1, mean=(0, 0, 0), std=(1 / 255,) * 3
+    )
+    feeds = iter([fed])
+    images, labels = dali.run(dali.build(graph, lambda: next(feeds)))
+    assert labels.tolist() == list(range(len(files)))
+    assert images.is_contiguous(memory_format=torch.channels_last), "NHWC as DALI made it, seen as NCHW"
+    return images
+
+
+def difference(ours: torch.Tensor, theirs: list[Image.Image]) -> tuple[float, float]:
+    """(mean absolute difference in grey levels, share of values that differ by more than one level)."""
+    reference = np.stack([np.asarray(image, float) for image in theirs])
+    delta = abs(ours.permute(0, 2, 3, 1).numpy() - reference)
+    return delta.mean(), (delta > 1).mean()
+
+
+def notable(root: Path) -> list[Path]:
+    """30 files, among them every grey, rotated, CMYK and giant one of the sample."""
+    files = sorted(root.rglob("*.JPEG"))
+    special = []
+    for file in files:
+        with Image.open(file) as image:
+            rotated = image.getexif().get(EXIF_ORIENTATION, 1) != 1
+            if image.mode != "RGB" or rotated or image.width * image.height > 3_000_000:
+                special.append(file)
+    assert special, "the sample is known to hold grey, rotated and giant images"
+    return special + [f for f in files if f not in special][: 30 - len(special)]
+
+
+def test_training_crops_equal_pil(imagenet_sample: Path) -> None:
+    files = notable(imagenet_sample)
+    random = np.random.default_rng(0)
+    sizes = np.array([Image.open(f).size for f in files])
+    shape = (sizes * random.uniform(0.3, 1.0, sizes.shape)).astype(int)
+    start = ((sizes - shape) * random.uniform(0, 1, sizes.shape)).astype(int)
+    flips = random.integers(0, 2, len(files))
+    theirs = []
+    for file, (x, y), (w, h), flip in zip(files, start, shape, flips):
+        crop = Image.open(file).convert("RGB").crop((x, y, x + w, y + h)).resize((224, 224), Image.Resampling.BILINEAR)
+        theirs.append(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else crop)
+    mean, beyond = difference(decode("resized", files, flips, start[:, ::-1], shape[:, ::-1]), theirs)
+    assert mean < 0.3 and beyond < 0.005
+
+
+def test_evaluation_crops_equal_torchvision(imagenet_sample: Path) -> None:
+    files = notable(imagenet_sample)
+    width, height, window = evaluation_windows(256, 224, *np.array([Image.open(f).size for f in files]).T)
+    ours = decode("center", files, window.flip, np.stack([window.y, window.x], 1), np.stack([height, width], 1))
+    transform = v2.Compose([v2.Resize(256), v2.CenterCrop(224)])
+    mean, beyond = difference(ours, [transform(Image.open(file).convert("RGB")) for file in files])
+    assert mean < 0.3 and beyond < 0.005
+
+
+def test_kinds_of_file_that_are_not_plain_rgb_jpeg(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    y, x = np.mgrid[0:240, 0:260]
+    smooth = np.stack([x % 256, y % 256, (x + y) // 2 % 256], -1).astype(np.uint8)
+    picture = Image.fromarray(smooth)
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 6
+    picture.save(tmp_path / "rotated.JPEG", quality=95, exif=exif)
+    picture.convert("L").save(tmp_path / "grey.JPEG", quality=95)
+    picture.convert("CMYK").save(tmp_path / "cmyk.JPEG", quality=95)
+    picture.save(tmp_path / "png.JPEG", format="PNG")
+    picture.save(tmp_path / "progressive.JPEG", quality=95, progressive=True)
+    files = sorted(tmp_path.iterdir())
+    start = random.integers(0, 16, (len(files), 2))
+    shape = np.full((len(files), 2), 224)
+    theirs = [Image.open(f).convert("RGB").crop((x, y, x + 224, y + 224)) for f, (y, x) in zip(files, start)]
+    mean, _ = difference(decode("padded", files, np.zeros(len(files)), start, shape), theirs)
+    assert mean < 0.5
+
+
+def test_padding_is_black_outside_the_image(tmp_path: Path) -> None:
+    Image.fromarray(np.full((224, 224, 3), 200, np.uint8)).save(tmp_path / "a.png")
+    image = decode("padded", [tmp_path / "a.png"], np.zeros(1), np.array([[-4, 3]]), np.zeros((1, 2)))[0]
+    assert (image[:, :4] == 0).all() and (image[:, :, -3:] == 0).all()
+    assert (image[:, 4:, :-3] == 200).all()
+
+
+def test_an_output_outlives_the_next_batches(tmp_path: Path) -> None:
+    for value in range(8):
+        Image.fromarray(np.full((8, 8, 3), value * 30, np.uint8)).save(tmp_path / f"{value}.png")
+
+    def feed():
+        for value in range(8):
+            path = np.frombuffer(str(tmp_path / f"{value}.png").encode(), np.uint8)
+            yield [path], np.array([value]), np.zeros(1, np.int32), np.zeros((1, 2), np.int32)
+
+    graph = dali.Graph(mode="padded", size=8, max_batch=1, threads=1, prefetch=2, mean=(0,) * 3, std=(1 / 255,) * 3)
+    feeds = feed()
+    pipeline = dali.build(graph, lambda: next(feeds))
+    kept = [dali.run(pipeline) for _ in range(8)]
+    for value, (image, label) in enumerate(kept):
+        assert (image == value * 30).all() and label == value
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"", "is empty"), (b"hello" * 100, "cannot be decoded"), (None, "cannot be read")]
+)
+def test_why_undecodable(tmp_path: Path, content: bytes | None, reason: str) -> None:
+    file = tmp_path / "a.JPEG"
+    if content is not None:
+        file.write_bytes(content)
+    graph = dali.Graph(mode="padded", size=8, max_batch=1, threads=1, prefetch=1, mean=(0,) * 3, std=(1,) * 3)
+    assert dali.why_undecodable(str(file), graph).startswith(reason)
+    Image.new("RGB", (20, 20)).save(file)
+    assert dali.why_undecodable(str(file), graph) == ""
