@@ -49,6 +49,8 @@ RECIPES = sorted((REPOSITORY / "configs").rglob("*.yaml"))
         ("precision.amp=fp8", r"precision\.amp=fp8 is not known"),
         ("loop.eval_every=0.5", r"loop\.eval_every=0\.5 must be whole epochs"),
         ("checkpoint.keep=0", r"checkpoint\.keep=0 is too small"),
+        ("seed=-1", r"seed=-1 must lie between 0 and"),
+        ("seed=4294967296", r"seed=4294967296 must lie between 0 and"),
         ("global_batch_size=0", r"global_batch_size=0 is too small"),
         ("device=tpu", r"device=tpu is not known"),
     ],

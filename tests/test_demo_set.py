@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from PIL import Image, JpegImagePlugin
 from torchvision.datasets import ImageFolder
 
@@ -160,6 +165,22 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, workers: int) -> None
         make_demo(tmp_path / "demo", classes=3, train_per_class=40, val_per_class=20, workers=workers, progress=stop)
     assert seen == [(20, 180), (40, 180)]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_run_leaves_no_process(tmp_path: Path) -> None:
+    code = f"from trainer.data.prepare.demo import make_demo; make_demo({str(tmp_path / 'demo')!r}, workers=2)"
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, cwd=REPOSITORY)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.rglob("*.JPEG")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    with pytest.raises(ProcessLookupError):  # once the last of the group has ended
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
+        os.killpg(process.pid, 9)
+    assert not (tmp_path / "demo").exists()
 
 
 def test_progress_ends_at_the_number_of_images(tmp_path: Path) -> None:

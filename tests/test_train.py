@@ -168,9 +168,7 @@ def test_a_signal_to_one_rank_stops_all_after_one_good_save(
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_steps(config: Path, tiny: Path, tmp_path: Path) -> None:
     done = train(config, tiny, tmp_path / "run", *NO_BATCHNORM[:2], "optim.lr=1e18", "schedule.warmup_epochs=0")
-    assert done.status == 1 and re.search(
-        r"NonFiniteError: the loss or the gradient is (nan|inf) .*steps \d", done.errors
-    )
+    assert done.status == 1 and re.search(r"^error: the loss or the gradient is (nan|inf) .*steps \d", done.errors)
     found = summary(tmp_path / "run")
     assert found["status"] == "failed" and "steps" in found["error"]
     for saved in checkpoint.listing(tmp_path / "run" / "checkpoints"):
@@ -266,6 +264,8 @@ def test_a_file_damaged_in_mid_run_is_named_by_the_rank_that_met_it(config: Path
     done = train(config, tmp_path / "sound", tmp_path / "run", *options, ranks=2)
     assert done.status == 1  # torchrun's, for any rank that failed
     assert re.search(r"error: .*class1/003\.JPEG \(row 11, class class1\) cannot be decoded", done.errors)
+    # The other rank says that it lost this one, in one line and without a traceback.
+    assert re.search(r"error: rank \d of 2 lost another rank, whose own message says why", done.errors)
     assert summary(tmp_path / "run")["status"] == "failed"
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from trainer import configfile, environment
-from trainer.config import ConfigError
+from trainer.config import ConfigError, RunError
 
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130  # exit statuses beside those of trainer.train
+DEMO: dict[str, int] = {}  # what a test makes smaller than make_demo's defaults
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -17,11 +17,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.command(options)
-    except ConfigError as error:
-        # Every rank meets the same mistake and one says it, unless only this rank can know.
-        if environment.place().rank == 0 or not error.everywhere:
+    except (ConfigError, RunError) as error:
+        # Every rank meets the same and one says it, unless only this rank can know.
+        if not error.everywhere or environment.place().rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return MISTAKE
+        return MISTAKE if isinstance(error, ConfigError) else FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
 
@@ -45,8 +45,10 @@ def _prepare(options: argparse.Namespace) -> int:
             f"prepare {options.source}: the only source so far is demo; an ImageFolder needs no preparing"
         )
     from trainer.data.prepare.demo import make_demo
+    from trainer.report.console import counter
 
-    make_demo(Path(options.destination))
+    made = make_demo(options.destination, progress=counter("drawing images"), **DEMO)
+    print(f"{options.destination} {'is drawn' if made else 'is there already, whole'}")
     return 0
 
 

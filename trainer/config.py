@@ -18,6 +18,12 @@ class ConfigError(ValueError):
     everywhere = True  # every rank meets it; False: only the rank that raises it knows
 
 
+class RunError(RuntimeError):
+    """What a run cannot go on with, though nobody made a mistake: one line; exit status 1."""
+
+    everywhere = True
+
+
 def _one_of(key: str, value: Any, valid: tuple[Any, ...]) -> None:
     if value not in valid:
         raise ConfigError(f"{key}={value} is not known; use one of: {', '.join(str(v) for v in valid)}")
@@ -285,6 +291,7 @@ class Config:
 
     def __post_init__(self) -> None:
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
-        _at_least("seed", self.seed, 0)
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed={self.seed} must lie between 0 and 2**32 - 1")
         _at_least("global_batch_size", self.global_batch_size, 1)
         _at_least("max_batch_per_gpu", self.max_batch_per_gpu, 1)

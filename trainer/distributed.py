@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from trainer import environment
-from trainer.config import Config, ConfigError
+from trainer.config import Config, ConfigError, RunError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -127,6 +127,28 @@ def world(config: Config) -> Iterator[World]:
         yield World(rank, place.local_rank, size, place.local_size, device, control)
     finally:
         dist.destroy_process_group()
+
+
+class PeerLostError(RunError):
+    """Another rank has ended or hangs."""
+
+    everywhere = False
+
+
+@contextmanager
+def naming_a_lost_peer(world: World) -> Iterator[None]:
+    """Turn the traceback of a broken connection into one line: what is wrong is what the other rank said."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if world.size == 1 or isinstance(error, RunError) or not lost:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise PeerLostError(
+            f"rank {world.rank} of {world.size} lost another rank, whose own message says why; "
+            f"the same command goes on from the last save ({reason})"
+        ) from error
 
 
 class Agreement:

@@ -58,6 +58,11 @@ def has_wandb_key() -> bool:
         return False
 
 
+def make_cublas_deterministic() -> None:
+    """Give cuBLAS the fixed workspace without which torch refuses its products in deterministic mode."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 def cores(local_size: int) -> int:
     """CPU cores for each of `local_size` ranks on this node: a share of those the node lets this process use."""
     return max(1, len(os.sched_getaffinity(0)) // local_size)

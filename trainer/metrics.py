@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
+from trainer.config import RunError
 from trainer.distributed import World
+
+
+class NonFiniteError(RunError):
+    """The loss or the gradient is not a finite number."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,8 @@ class Pending:
         totals = world.sum(totals.clone())
         self._event: torch.cuda.Event | None = None
         if totals.is_cuda:
-            self._totals = totals.to("cpu", non_blocking=True)
+            # Into pinned memory: a copy to any other would wait for the device here and now.
+            self._totals = torch.empty_like(totals, device="cpu", pin_memory=True).copy_(totals, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
         else:
@@ -75,3 +82,12 @@ def averages(totals: list[float]) -> Averages:
     """From [summed loss, right, right within five, images]."""
     loss, top1, top5, count = totals[:4]
     return Averages(loss / count, 100 * top1 / count, 100 * top5 / count, int(count))
+
+
+def demand_finite(value: float, first: int, last: int) -> None:
+    """NonFiniteError, naming the steps, unless `value`, summed over steps `first` to `last`, is finite."""
+    if not math.isfinite(value):
+        raise NonFiniteError(
+            f"the loss or the gradient is {value} somewhere in steps {first} to {last}: "
+            "lower optim.lr, lengthen schedule.warmup_epochs or set optim.clip_norm"
+        )

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from trainer import environment
 from trainer.config import Config, ConfigError, Precision
 
 
@@ -37,6 +38,8 @@ def set_kernels(config: Config, device: torch.device) -> None:
         torch.backends.cuda.matmul.allow_tf32 = config.precision.tf32
         torch.backends.cudnn.allow_tf32 = config.precision.tf32
         torch.backends.cudnn.benchmark = not config.deterministic
+        if config.deterministic:
+            environment.make_cublas_deterministic()
     torch.use_deterministic_algorithms(config.deterministic)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 import signal
 import time
@@ -16,23 +15,20 @@ from torch import nn
 from trainer import checkpoint, configfile, environment, losses, optim, precision, resume, schedule
 from trainer.config import Config, ConfigError
 from trainer.data.loader import Batch, DataSet, EvaluationBatches, open_data, training_batches
-from trainer.distributed import Agreement, World, world
+from trainer.distributed import Agreement, World, naming_a_lost_peer, world
 from trainer.evaluate import evaluate
 from trainer.loop import Learner, train_steps
-from trainer.metrics import Pending, averages
+from trainer.metrics import Pending, averages, demand_finite
 from trainer.models import build
 from trainer.models.buffers import averaged_buffers
 from trainer.plan import Plan
+from trainer.report.console import counter
 from trainer.report.folder import RunFolder, provenance
 from trainer.report.reporter import Reporter, Silent
 from trainer.report.wandb_run import WandbRun
 from trainer.state import RunState
 
 DONE, STOPPED = 0, 75  # exit statuses; 75 is EX_TEMPFAIL: run the same command again to go on
-
-
-class NonFiniteError(RuntimeError):
-    """The loss is not a finite number."""
 
 
 def train(config: Config, command: list[str]) -> int:
@@ -47,7 +43,7 @@ def train(config: Config, command: list[str]) -> int:
     """
     with world(config) as here, Agreement(here) as agreement:
         precision.set_kernels(config, here.device)
-        data = open_data(config, here)
+        data = open_data(config, here, counter("reading image headers") if here.is_main else None)
         plan = Plan.of(config, here.size, data.samples)
         torch.manual_seed(config.seed)
         model = build.create(config.model, _classes(config, data))
@@ -97,7 +93,8 @@ def _learner(config: Config, plan: Plan, here: World, model: nn.Module) -> Learn
         dtype=dtype,
         accumulation=plan.accumulation,
         clip_norm=config.optim.clip_norm,
-        seed=(config.seed * 1_000_003 + here.rank) << 24,
+        # Ranks and seeds a long way apart; the step is added to it.
+        seed=(config.seed * 1_000_003 + here.rank) % 2**38 << 24,
     )
 
 
@@ -136,7 +133,8 @@ class _Run:
             self._open_report(command)
         self._introduce()
         try:
-            stopped_by = self._train()
+            with naming_a_lost_peer(self.here):
+                stopped_by = self._train()
         except BaseException as error:
             self._finish("failed", error=f"{type(error).__name__}: {error}")
             raise
@@ -184,17 +182,10 @@ class _Run:
             return
         due, self.due = self.due, None
         *totals, norms, steps = due.totals.values()
-        self._demand_finite(totals[0] + norms if not self.learner.scaler.is_enabled() else totals[0], due.step)
+        # An infinite norm under a loss scaler is its business: it skips that step and lowers the scale.
+        value = totals[0] if self.learner.scaler.is_enabled() else totals[0] + norms
+        demand_finite(value, due.step - int(steps / self.here.size), due.step - 1)
         self.reporter.train(due.step, averages(totals), due.lr, norms / steps)
-
-    def _demand_finite(self, value: float, step: int) -> None:
-        if not math.isfinite(value):
-            log_every = self.config.report.log_every
-            first = (step - 1) // log_every * log_every
-            raise NonFiniteError(
-                f"the loss or the gradient is {value} somewhere in steps {first} to {step - 1}: "
-                "lower optim.lr, lengthen schedule.warmup_epochs or set optim.clip_norm"
-            )
 
     # Evaluating and saving.
 
@@ -227,7 +218,7 @@ class _Run:
         """Save on the main rank; a full disk is warned of and the run goes on."""
         self._tell()
         unfinished = Pending(self.state.window, self.here).values()
-        self._demand_finite(unfinished[0], self.progress.step)
+        demand_finite(unfinished[0], self.progress.step - int(unfinished[5] / self.here.size), self.progress.step - 1)
         ranks = self.state.gather()
         self.saved_at = time.monotonic()
         self.reporter.pause()

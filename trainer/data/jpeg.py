@@ -16,7 +16,7 @@ TAIL = 4096
 _FRAMES = frozenset((0xC0, 0xC1, 0xC2))  # baseline, extended, progressive: all that libjpeg and nvJPEG share
 _BARE = frozenset((0x01, *range(0xD0, 0xD8)))  # markers without a length
 _NO_HEADER = frozenset((0xD9, 0xDA))  # the picture ends or its data begin before any frame header
-# What DALI decodes (DALI 2.1, fn.decoders.image); Pillow's "MPO" is a JPEG with further pictures behind it.
+# What DALI decodes (tried with 2.4 on the CPU); Pillow's "MPO" is a JPEG with further pictures behind it.
 _DECODABLE = frozenset(("JPEG", "MPO", "PNG", "BMP", "TIFF", "PPM", "JPEG2000", "WEBP"))
 
 
@@ -57,6 +57,9 @@ def measure(file: BinaryIO) -> tuple[int, int, int]:
     width, height, behind = header
     # The header may hold a thumbnail with an end marker of its own, so the search never reaches back into it.
     if not _ends_with(file, size, b"\xff\xd9", behind):
+        file.seek(behind)
+        if b"\xff\xd9" not in file.read():  # Pillow may forgive it, DALI's libjpeg-turbo does not
+            raise BadImage("is cut short (it has no end marker)")
         _ask_pillow(file, size)
     return width, height, size
 

@@ -10,6 +10,23 @@ from typing import IO, Any
 from trainer.plan import Plan
 
 
+def counter(
+    what: str, every: float = 2.0, stream: IO[str] | None = None, clock: Callable[[], float] = time.monotonic
+) -> Callable[[int, int], None]:
+    """A progress(done, total) that says a line every so many seconds, and nothing of what is done sooner."""
+    began = last = clock()
+
+    def count(done: int, total: int) -> None:
+        nonlocal last
+        now = clock()
+        if now - last >= every and done:
+            last = now
+            left = (now - began) / done * (total - done)
+            print(f"{what}: {done:,} of {total:,}, {left:.0f} s left", file=stream or sys.stderr, flush=True)
+
+    return count
+
+
 class Console:
     """Says how a run goes. `close()` leaves the terminal as it was."""
 

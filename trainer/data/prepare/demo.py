@@ -8,12 +8,9 @@ image depends on (seed, split, class, number) alone; another release of numpy or
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -21,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
 from trainer.data.index import DataError, Progress
+from trainer.data.prepare import run_jobs
 
 RECIPE = 1  # rises when the same seed would draw other images
 SPLITS = ("train", "val")
@@ -237,7 +235,8 @@ def make_demo(
 
     Writes {train,val}/CLASS/NNNN.JPEG, class_index.json (label: [folder, words]), README.txt and demo.json (parameters)
     with `workers` processes (default: one a core; 1: this one), in a folder beside it that is renamed at the end, so an
-    interrupted run leaves nothing. Raises DataError for impossible numbers or a destination taken or not writable.
+    interrupted run leaves nothing (a killed one, that folder: .NAME.PROCESS.HEX). `progress` is called in this process.
+    Raises DataError for impossible numbers and for a destination that is taken or cannot be written.
     """
     destination = Path(os.path.abspath(Path(destination).expanduser()))
     if not 2 <= classes <= len(MOTIFS) or min(train_per_class, val_per_class) < 1 or seed < 0:
@@ -249,7 +248,7 @@ def make_demo(
     aside = destination.with_name(f".{destination.name}.{os.getpid()}.{os.urandom(4).hex()}")
     try:
         aside.mkdir(parents=True)
-        _fill(aside, wanted, workers or len(os.sched_getaffinity(0)), progress)
+        _fill(aside, wanted, workers, progress)
         aside.rename(destination)  # replaces an empty folder, never a full one
     except OSError as error:
         raise DataError(f"{destination} cannot be written ({error.strerror}): choose another destination") from error
@@ -271,7 +270,7 @@ def _is_there(destination: Path, wanted: dict[str, int]) -> bool:
     raise DataError(f"{destination} exists and holds {what}: remove it or choose another destination")
 
 
-def _fill(folder: Path, wanted: dict[str, int], workers: int, progress: Progress | None) -> None:
+def _fill(folder: Path, wanted: dict[str, int], workers: int | None, progress: Progress | None) -> None:
     names = list(MOTIFS)[: wanted["classes"]]
     jobs = [
         (folder / name / motif, wanted["seed"], split, label, range(first, min(first + _JOB, wanted[name])))
@@ -280,7 +279,7 @@ def _fill(folder: Path, wanted: dict[str, int], workers: int, progress: Progress
         for first in range(0, wanted[name], _JOB)
     ]
     total, done = sum(len(job[-1]) for job in jobs), 0
-    with closing(_run(jobs, workers)) as counts:  # closed at once on an error: nothing may write here any more
+    with closing(run_jobs(_draw_files, jobs, workers)) as counts:  # on an error nothing may write here any more
         for drawn in counts:
             done += drawn
             if progress is not None:
@@ -288,13 +287,3 @@ def _fill(folder: Path, wanted: dict[str, int], workers: int, progress: Progress
     (folder / "class_index.json").write_text(json.dumps({label: [name, name] for label, name in enumerate(names)}))
     (folder / "README.txt").write_text(_README.format(**wanted))
     (folder / _STAMP).write_text(json.dumps(wanted))
-
-
-def _run(jobs: list, workers: int) -> Iterator[int]:
-    if workers == 1:
-        yield from map(_draw_files, jobs)
-    else:
-        # Spawned, not forked: the caller may have threads. Ctrl-C is for this process, which then ends the others.
-        context, deaf = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
-        with ProcessPoolExecutor(workers, context, signal.signal, deaf) as pool:
-            yield from pool.map(_draw_files, jobs)
