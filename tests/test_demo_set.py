@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -167,6 +168,17 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, workers: int) -> None
     assert list(tmp_path.iterdir()) == []
 
 
+def alive(group: int) -> list[int]:
+    """The processes of a group, without the zombies that nobody waits for in some containers."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, its_group = status.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state != "Z":
+                found.append(int(status.parent.name))
+    return found
+
+
 def test_a_killed_run_leaves_no_process(tmp_path: Path) -> None:
     code = f"from trainer.data.prepare.demo import make_demo; make_demo({str(tmp_path / 'demo')!r}, workers=2)"
     process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, cwd=REPOSITORY)
@@ -175,12 +187,12 @@ def test_a_killed_run_leaves_no_process(tmp_path: Path) -> None:
         time.sleep(0.05)
     process.kill()
     process.wait()
-    with pytest.raises(ProcessLookupError):  # once the last of the group has ended
-        while time.monotonic() < deadline:
-            os.killpg(process.pid, 0)
-            time.sleep(0.05)
-        os.killpg(process.pid, 9)
-    assert not (tmp_path / "demo").exists()
+    while alive(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = alive(process.pid)
+    for orphan in left:
+        os.kill(orphan, 9)
+    assert not left and not (tmp_path / "demo").exists()
 
 
 def test_progress_ends_at_the_number_of_images(tmp_path: Path) -> None:

@@ -48,13 +48,11 @@ def open_data(config: Config, world: World, progress: Callable[[int, int], None]
         names = tuple(f"class{i}" for i in range(data.synthetic_classes))
         return DataSet(None, None, data.synthetic_samples, names, "synthetic")
 
-    workers = 4 * world.cores  # they wait for the disk more than they compute
-
     def scan() -> tuple[Index, Index | None]:
-        train = open_index(find_split(data.root, data.train, ()), workers=workers, progress=progress)
+        train = open_index(find_split(data.root, data.train, ()), progress=progress)
         if not config.loop.eval_every:
             return train, None
-        val = open_index(find_split(data.root, data.val, VALIDATION_FOLDERS), workers=workers, progress=progress)
+        val = open_index(find_split(data.root, data.val, VALIDATION_FOLDERS), progress=progress)
         check_same_classes(train, val)
         return train, val
 
@@ -68,7 +66,7 @@ def open_validation(config: Config, world: World) -> Index:
         raise DataError("data.source=synthetic has nothing to evaluate: use data.source=dali")
 
     def scan() -> Index:
-        return open_index(find_split(config.data.root, config.data.val, VALIDATION_FOLDERS), workers=4 * world.cores)
+        return open_index(find_split(config.data.root, config.data.val, VALIDATION_FOLDERS))
 
     return world.first_on_node(scan)
 

@@ -1,0 +1,61 @@
+"""What only a GPU can show: decoding there, AMP there, and that the same config runs there by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import here, metrics, summary
+from PIL import Image
+
+from trainer.data import dali
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: torch.cuda.is_available() is false"),
+]
+
+
+@pytest.mark.parametrize("amp", ["auto", "bf16", "fp16", "fp32"])
+def test_the_same_config_trains_on_the_gpu(tiny: Path, tmp_path: Path, amp: str) -> None:
+    (tmp_path / "empty.yaml").write_text("{}")
+    options = [f"data.root={tiny}", f"output_dir={tmp_path / 'run'}", f"precision.amp={amp}", "model.name=resnet20"]
+    options += ["data.image_size=32", "global_batch_size=24", "schedule.epochs=10", "schedule.warmup_epochs=1"]
+    done = here("train", tmp_path / "empty.yaml", *options, "report.wandb=disabled", "report.log_every=1")
+    assert done.status == 0, done.errors
+    assert torch.cuda.get_device_name() in done.output
+    losses = [record["loss"] for record in metrics(tmp_path / "run", "train")]
+    assert np.mean(losses[-4:]) < np.mean(losses[:4]) and summary(tmp_path / "run")["status"] == "done"
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_crops_on_the_gpu_equal_pil(imagenet_sample: Path, on_gpu: bool) -> None:
+    files = sorted(imagenet_sample.rglob("*.JPEG"))[:32]
+    sizes = np.array([Image.open(f).size for f in files])
+    shapes = (sizes * 0.6).astype(np.int32)
+    starts = (sizes * 0.2).astype(np.int32)
+    paths = [np.frombuffer(str(file).encode(), np.uint8) for file in files]
+    fed = paths, np.arange(32), np.zeros(32, np.int32), starts[:, ::-1].copy(), shapes[:, ::-1].copy()
+    feeds = iter([fed])
+    graph = dali.Graph(
+        mode="resized",
+        size=224,
+        max_batch=32,
+        threads=4,
+        prefetch=1,
+        mean=(0, 0, 0),
+        std=(1 / 255,) * 3,
+        device_id=0,
+        decode_on_gpu=on_gpu,
+    )
+    images, labels = dali.run(dali.build(graph, lambda: next(feeds)))
+    assert images.is_cuda and images.is_contiguous(memory_format=torch.channels_last) and labels.is_cuda
+    theirs = [
+        Image.open(f).convert("RGB").crop((x, y, x + w, y + h)).resize((224, 224), Image.Resampling.BILINEAR)
+        for f, (x, y), (w, h) in zip(files, starts, shapes)
+    ]
+    delta = abs(images.permute(0, 2, 3, 1).float().cpu().numpy() - np.stack([np.asarray(t, float) for t in theirs]))
+    # nvJPEG's inverse transform and chroma upsampling are not libjpeg's: near, not equal.
+    assert delta.mean() < (2.0 if on_gpu else 0.3)
