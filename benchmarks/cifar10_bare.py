@@ -21,15 +21,19 @@ from pathlib import Path
 
 WARM_UP = 10
 REPOSITORY = Path(__file__).resolve().parents[1]
+RECIPE = "configs/cifar10_resnet20.yaml"
 
 
-def bare(steps: int, batch: int = 128) -> float:
-    """Images a second of the bare loop, over `steps` steps after the warm-up."""
+def bare(steps: int) -> float:
+    """Images a second of the bare loop, over `steps` steps after the warm-up, at the recipe's batch."""
     import torch
     from torch.nn import functional
 
+    from trainer import configfile
     from trainer.config import Model
     from trainer.models import build
+
+    batch = configfile.load(REPOSITORY / RECIPE).global_batch_size
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     model = build.create(Model(name="resnet20"), 10).to(memory_format=torch.channels_last)
@@ -55,7 +59,7 @@ def ours(steps: int, data: str) -> float:
         run = Path(folder) / "run"
         options = [f"data.root={data}", f"output_dir={run}", f"loop.max_steps={steps}", "loop.eval_every=0"]
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command = [*start, "-m", "trainer", "train", "configs/cifar10_resnet20.yaml", *options, "report.wandb=disabled"]
+        command = [*start, "-m", "trainer", "train", RECIPE, *options, "report.wandb=disabled"]
         subprocess.run(
             command, cwd=REPOSITORY, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
         )

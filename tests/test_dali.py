@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import v2
@@ -119,14 +118,10 @@ def test_an_output_outlives_the_next_batches(tmp_path: Path) -> None:
         assert (image == value * 30).all() and label == value
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"), [(b"", "is empty"), (b"hello" * 100, "cannot be decoded"), (None, "cannot be read")]
-)
-def test_why_undecodable(tmp_path: Path, content: bytes | None, reason: str) -> None:
-    file = tmp_path / "a.JPEG"
-    if content is not None:
-        file.write_bytes(content)
+def test_what_decodes_is_told_from_what_does_not(tmp_path: Path) -> None:
     graph = dali.Graph(mode="padded", size=8, max_batch=1, threads=1, prefetch=1, mean=(0,) * 3, std=(1,) * 3)
-    assert dali.why_undecodable(str(file), graph).startswith(reason)
-    Image.new("RGB", (20, 20)).save(file)
-    assert dali.why_undecodable(str(file), graph) == ""
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.JPEG")
+    whole = np.fromfile(tmp_path / "a.JPEG", np.uint8)
+    assert dali.decodes(whole, graph)
+    assert not dali.decodes(whole[: len(whole) // 2], graph)
+    assert not dali.decodes(np.frombuffer(b"hello" * 100, np.uint8), graph)

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from trainer.data import index, jpeg
+from trainer.data import index, jpeg, table
 from trainer.data.index import CACHE_NAME, DataError, Index, check_same_classes, find_split, open_index
 
 COLUMNS = ("labels", "widths", "heights", "sizes", "offsets", "names")
@@ -117,14 +117,14 @@ def test_a_change_is_seen(folder: Path, change: str) -> None:
 
 
 def refuse_writes_to(monkeypatch: pytest.MonkeyPatch, *roots: Path) -> None:
-    real = index._store
+    real = index.store
 
     def store(place, *rest):
         if place.parent in roots:
             raise PermissionError(13, "Permission denied")
         return real(place, *rest)
 
-    monkeypatch.setattr(index, "_store", store)
+    monkeypatch.setattr(index, "store", store)
 
 
 def test_read_only_folder_is_cached_elsewhere(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,15 +188,15 @@ def test_imagenet_sized_index_opens_at_once(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     files = [f"{name}/{name}_{number}.JPEG" for name in classes for number in range(1281)]
     rows = np.random.default_rng(0).integers(1, 900, (len(files), 3))
-    table = index._index(tmp_path, classes, np.repeat(np.arange(1000), 1281), rows, files)
+    rows_of_all = table.assemble(tmp_path, classes, np.repeat(np.arange(1000), 1281), rows, files)
     stamps = {name: os.stat(tmp_path / name).st_mtime_ns for name in classes}
-    index._store(tmp_path / CACHE_NAME, table, stamps)
+    table.store(tmp_path / CACHE_NAME, rows_of_all, stamps, lambda *_: True)
     tracemalloc.start()
     begun = time.perf_counter()
     made, took = open_index(tmp_path), time.perf_counter() - begun
     assert took < 1 and tracemalloc.get_traced_memory()[1] < 5e6
     tracemalloc.stop()
-    assert_same(made, table)
+    assert_same(made, rows_of_all)
     assert made.path(len(made) - 1) == str(tmp_path / files[-1])
 
 

@@ -40,16 +40,38 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    if options.source != "demo":
-        raise ConfigError(
-            f"prepare {options.source}: the only source so far is demo; an ImageFolder needs no preparing"
-        )
+    if options.source == "demo":
+        return _prepare_demo(options)
+    from trainer.data.prepare.pace import pace
+    from trainer.data.prepare.run import Options, prepare
+    from trainer.data.prepare.transcode import Encoding
+
+    encoding = Encoding(options.max_side, options.short_side, options.quality)
+    wanted = Options(options.format, encoding, options.shard_mb, options.workers, options.skip_bad)
+    print(prepare(options.source, options.destination, wanted, progress=pace()).text)
+    return 0
+
+
+def _prepare_demo(options: argparse.Namespace) -> int:
+    if options.max_side or options.short_side or options.quality or options.format != "folder":
+        raise ConfigError("prepare demo takes no options but --workers: prepare the demo set once more to re-encode it")
     from trainer.data.prepare.demo import make_demo
     from trainer.report.console import counter
 
-    made = make_demo(options.destination, progress=counter("drawing images"), **DEMO)
+    sizes = {"workers": options.workers, **DEMO}
+    made = make_demo(options.destination, progress=counter("drawing images"), **sizes)
     print(f"{options.destination} {'is drawn' if made else 'is there already, whole'}")
     return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from trainer.data.inspection import inspect_data
+    from trainer.data.prepare.pace import pace
+
+    chosen = {"decode": options.decode, "workers": options.workers, "report": options.report}
+    outcome = inspect_data(options.dataset, **chosen, progress=pace())
+    print(outcome.table)
+    return 0 if outcome.sound else FAILED
 
 
 def _describe(options: argparse.Namespace) -> int:
@@ -75,10 +97,25 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     evaluate.set_defaults(command=_evaluate)
 
-    prepare = commands.add_parser("prepare", help="make a data set")
-    prepare.add_argument("source", metavar="SOURCE", help="demo: ten drawn classes")
-    prepare.add_argument("destination", metavar="DESTINATION")
+    prepare = commands.add_parser("prepare", help="any layout of ImageNet to a folder or to shards; the demo set")
+    source = "a folder with the ILSVRC2012 archives, the Kaggle or Tiny-ImageNet layout, an ImageFolder, parquet; "
+    prepare.add_argument("source", metavar="SOURCE", help=source + "demo: ten drawn classes")
+    prepare.add_argument("destination", metavar="DESTINATION", help="run the same command again to go on after a stop")
+    prepare.add_argument("--format", default="folder", help="folder (default) or shards (WebDataset tar files)")
+    prepare.add_argument("--max-side", type=int, metavar="N", help="make copies whose long side is at most N pixels")
+    prepare.add_argument("--short-side", type=int, metavar="N", help="make copies whose short side is at most N pixels")
+    prepare.add_argument("--quality", type=int, metavar="Q", help="of JPEG copies, 1 to 100 (default 90)")
+    prepare.add_argument("--shard-mb", type=int, default=256, metavar="N", help="10^6 bytes a shard, about (256)")
+    prepare.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+    prepare.add_argument("--skip-bad", action="store_true", help="leave out and list images that cannot be decoded")
     prepare.set_defaults(command=_prepare)
+
+    inspect = commands.add_parser("inspect", help="is every file of a data set sound")
+    inspect.add_argument("dataset", metavar="DATASET", help="a folder with train/ and val/, or the shards of prepare")
+    inspect.add_argument("--decode", action="store_true", help="decode every pixel, not only the headers")
+    inspect.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+    inspect.add_argument("--report", metavar="FILE", help="where to write the report (default: DATASET/report.json)")
+    inspect.set_defaults(command=_inspect)
 
     describe = commands.add_parser("describe", help="the layers, parameters and multiply-adds of a network")
     describe.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example model.name=resnet101")

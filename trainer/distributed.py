@@ -144,7 +144,7 @@ def naming_a_lost_peer(world: World) -> Iterator[None]:
         lost = isinstance(error, dist.DistError) or "gloo" in str(error)
         if world.size == 1 or isinstance(error, RunError) or not lost:
             raise
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].split(". ")[0]
         raise PeerLostError(
             f"rank {world.rank} of {world.size} lost another rank, whose own message says why; "
             f"the same command goes on from the last save ({reason})"

@@ -22,10 +22,11 @@ Feed = tuple[list[np.ndarray] | np.ndarray, ...]
 class Graph:
     """What one pipeline does.
 
-    Modes, and what `source()` must return (lists and arrays of one entry an image):
-        "resized": paths, labels, flips, window starts (y, x), window shapes (h, w); resizes them to size x size
-        "padded":  paths, labels, flips, window starts; cuts size x size, black outside the image
-        "center":  paths, labels, flips, window starts, shapes of the whole image after its resize
+    Modes, and what `source()` must return (lists and arrays of one entry an image; files are uint8 arrays, each the
+    path of a file or, where `encoded`, its bytes):
+        "resized": files, labels, flips, window starts (y, x), window shapes (h, w); resizes them to size x size
+        "padded":  files, labels, flips, window starts; cuts size x size, black outside the image
+        "center":  files, labels, flips, window starts, shapes of the whole image after its resize
     """
 
     mode: str
@@ -38,6 +39,7 @@ class Graph:
     device_id: int | None = None  # the GPU that the images end on; None: CPU
     decode_on_gpu: bool = False
     half: bool = False  # float16 instead of float32 out
+    encoded: bool = False  # the source gives the bytes of files, not their paths
 
 
 def build(graph: Graph, source: Callable[[], Feed]) -> Pipeline:
@@ -50,8 +52,8 @@ def build(graph: Graph, source: Callable[[], Feed]) -> Pipeline:
     )
     count = {"resized": 5, "padded": 4, "center": 5}[graph.mode]
     with pipeline:
-        paths, labels, flips, starts, *rest = fn.external_source(source=source, num_outputs=count)
-        images = _cut(graph, fn.io.file.read(paths), starts, rest)
+        files, labels, flips, starts, *rest = fn.external_source(source=source, num_outputs=count)
+        images = _cut(graph, files if graph.encoded else fn.io.file.read(files), starts, rest)
         if graph.device_id is not None:
             images, labels = images.gpu(), labels.gpu()
         images = fn.crop_mirror_normalize(
@@ -97,23 +99,16 @@ def reset(pipeline: Pipeline) -> None:
     pipeline.reset()
 
 
-def why_undecodable(path: str, graph: Graph) -> str:
-    """Why DALI cannot decode this one file, in words that follow its name; empty if it can."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    if not data:
-        return "is empty"
+def decodes(data: np.ndarray, graph: Graph) -> bool:
+    """Whether DALI can decode this one file's bytes, uint8 (size,), as the graph would."""
     pipeline = Pipeline(batch_size=1, num_threads=1, device_id=graph.device_id, prefetch_queue_depth=1)
     with pipeline:
-        encoded = fn.external_source(source=lambda: [np.frombuffer(data, np.uint8)])
+        encoded = fn.external_source(source=lambda: [data])
         device = "mixed" if graph.decode_on_gpu else "cpu"
         pipeline.set_outputs(fn.decoders.image(encoded, device=device, output_type=types.RGB, adjust_orientation=False))
     try:
         pipeline.build()
         pipeline.run()
     except RuntimeError:
-        return "cannot be decoded: it is damaged, cut short, or not an image"
-    return ""
+        return False
+    return True

@@ -3,75 +3,31 @@
 `open_index` reads the header of every file once and keeps the table in one flat file, `.imagenet-trainer-index` in the
 data folder (a file and not a folder, which torchvision's ImageFolder would take for a class) or, where that cannot be
 written, below ~/.cache. Later opens map that file into memory and look only at the class folders.
-
-The file: one line of magic, the length of the header as 8 bytes, the header in JSON, then the columns, each at a
-multiple of 64 bytes. All paths in it are relative to the data folder, so it may be copied along.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from trainer.config import ConfigError
+from trainer.data import shards
 from trainer.data.jpeg import measure_all
+from trainer.data.table import CACHE_NAME, DataError, Index, Progress, assemble, load, store
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision
-CACHE_NAME = ".imagenet-trainer-index"
-_MAGIC = b"imagenet-trainer index 1\n"  # the number rises when the layout or the meaning of a column changes
-_COLUMNS = {"labels": "<i4", "widths": "<i4", "heights": "<i4", "sizes": "<i8", "offsets": "<i8", "names": "|u1"}
-_ALIGN = 64
 # Threads, to wait for a disk or a server together. Warm files on 2 cores: 16 threads read 32,000 headers a second, one
 # thread 57,000 (the interpreter lock), two processes 122,000: ImageNet takes 40 s at worst, not worth the processes.
 _THREADS = 16
 _CHUNK = 512  # files a thread measures before it reports
 _TICK = 20_000_000  # ns; Linux stamps files with a clock that moves every 1 to 10 ms
-
-Progress = Callable[[int, int], None]  # called with (files done, files in all)
-
-
-class DataError(ConfigError):
-    """The user's mistake in the data: one line that names the file or folder, what is wrong and the remedy."""
-
-
-@dataclass(frozen=True, eq=False)
-class Index:
-    """n images in the order of torchvision's ImageFolder. Arrays may be mapped from a file: read-only."""
-
-    root: Path
-    classes: tuple[str, ...]  # folder names, sorted; a label is a position in it
-    labels: np.ndarray  # int32 (n,)
-    widths: np.ndarray  # int32 (n,), pixels as stored: EXIF orientation ignored
-    heights: np.ndarray  # int32 (n,)
-    sizes: np.ndarray  # int64 (n,), bytes
-    offsets: np.ndarray  # int64 (n + 1,): row i's path below root is names[offsets[i] : offsets[i + 1]]
-    names: np.ndarray  # uint8
-    digest: str  # sha256, hex, over the classes and all columns, not root: equal wherever the same data lie
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def path(self, row: int) -> str:
-        """The absolute path of one row; IndexError outside 0 .. n-1."""
-        return self.paths(np.asarray([row]))[0]
-
-    def paths(self, rows: np.ndarray) -> list[str]:
-        """The absolute paths of `rows` (integers, any order); IndexError for a row outside 0 .. n-1."""
-        rows = np.asarray(rows, np.int64)
-        if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
-            raise IndexError(f"rows {rows.min()}..{rows.max()} of a data set with {len(self)} images")
-        prefix, names = os.fsencode(self.root) + b"/", self.names.data
-        spans = zip(self.offsets[rows].tolist(), self.offsets[rows + 1].tolist())
-        return [os.fsdecode(prefix + bytes(names[begin:end])) for begin, end in spans]
 
 
 def open_index(
@@ -93,20 +49,48 @@ def open_index(
     delete the cache file then. Raises DataError; a scan names the first bad file and counts the others.
     """
     root = _existing(folder)
+    return _kept(
+        root, CACHE_NAME, partial(_scan, root, workers or _THREADS, progress), partial(_unchanged, root), cache_dir
+    )
+
+
+def open_shards(
+    root: str | Path, name: str, *, progress: Progress | None = None, cache_dir: str | Path | None = None
+) -> Index:
+    """The table of the WebDataset shards `root`/`name`-*.tar, kept as `open_index` keeps a folder's.
+
+    Rows stand as in the shards, in the order of their names. A shard added, removed, or of another size or time stamp
+    is noticed. Raises DataError, also for a shard that is cut short.
+    """
+    folder = _existing(root)
+    scan = partial(shards.scan, folder, name, progress)
+    return _kept(folder, f"{CACHE_NAME}-{name}", scan, partial(shards.unchanged, folder, name), cache_dir)
+
+
+def open_split(root: str | Path, names: tuple[str, ...], progress: Progress | None = None) -> Index:
+    """The first of `names` that is a folder of class folders or a set of shards NAME-*.tar below `root`."""
+    for name in names:
+        if shards.shard_files(_existing(root), name):
+            return open_shards(root, name, progress=progress)
+    return open_index(find_split(root, None, names), progress=progress)
+
+
+def _kept(root: Path, file: str, scan: Any, unchanged: Any, cache_dir: str | Path | None) -> Index:
+    """The index that is kept beside the data or, where that is read-only, in a cache folder; else what `scan` finds."""
     home = Path(cache_dir) if cache_dir is not None else Path.home() / ".cache" / "imagenet-trainer" / "index"
-    places = (root / CACHE_NAME, home / hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:32])
+    places = (root / file, home / (hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:32] + file))
     for place in places:
-        index = _load(place, root)
+        index = load(place, root, unchanged)
         if index is not None:
             return index
-    index, stamps = _scan(root, workers or _THREADS, progress)
+    index, stamps = scan()
     for place in places:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            return _store(place, index, stamps)
+            return store(place, index, stamps, unchanged)
         except OSError as error:  # a read-only folder, most often
             reason = error
-    warnings.warn(f"the index of {root} could not be kept and is made anew each time: {reason}", stacklevel=2)
+    warnings.warn(f"the index of {root} could not be kept and is made anew each time: {reason}", stacklevel=3)
     return index
 
 
@@ -221,28 +205,10 @@ def _scan(root: Path, workers: int, progress: Progress | None) -> tuple[Index, d
     if not _unchanged(root, tuple(names), stamps):
         raise DataError(f"{root} changed while it was read: wait until nothing writes there, then run again")
     labels = np.repeat(np.arange(len(names)), counts)
-    return _index(root, tuple(names), labels, np.asarray(rows, np.int64), files), stamps
+    return assemble(root, tuple(names), labels, np.asarray(rows, np.int64), files), stamps
 
 
-def _index(root: Path, classes: tuple[str, ...], labels: np.ndarray, rows: np.ndarray, files: Iterable[str]) -> Index:
-    """An Index out of labels (n,), rows (n, 3) of width, height, bytes, and n relative paths."""
-    encoded = [os.fsencode(file) for file in files]
-    columns = {
-        "labels": labels,
-        "widths": rows[:, 0],
-        "heights": rows[:, 1],
-        "sizes": rows[:, 2],
-        "offsets": np.concatenate([[0], np.cumsum([len(name) for name in encoded])]),
-        "names": np.frombuffer(b"".join(encoded), np.uint8),
-    }
-    columns = {name: np.ascontiguousarray(column, _COLUMNS[name]) for name, column in columns.items()}
-    digest = hashlib.sha256(json.dumps(classes).encode())
-    for column in columns.values():
-        digest.update(column.data)
-    return Index(root, classes, **columns, digest=digest.hexdigest())
-
-
-def _unchanged(root: Path, classes: tuple[str, ...], stamps: dict[str, int]) -> bool:
+def _unchanged(root: Path, classes: tuple[str, ...], stamps: dict[str, Any]) -> bool:
     """Whether no folder's content changed: one stat for each folder, none for a file."""
     if tuple(_class_folders(root)) != classes:
         return False
@@ -250,49 +216,3 @@ def _unchanged(root: Path, classes: tuple[str, ...], stamps: dict[str, int]) -> 
         return all(os.stat(f"{root}/{folder}").st_mtime_ns == stamp for folder, stamp in stamps.items())
     except OSError:
         return False
-
-
-def _store(place: Path, index: Index, stamps: dict[str, int]) -> Index:
-    """Write the file aside, rename it into place, and open it; where another process was first, open its file."""
-    lengths = {name: len(getattr(index, name)) for name in _COLUMNS}
-    head = {"classes": index.classes, "stamps": stamps, "digest": index.digest, "lengths": lengths}
-    text = json.dumps(head).encode()
-    aside = place.with_name(f"{place.name}.{os.getpid()}.{os.urandom(4).hex()}")
-    try:
-        with open(aside, "xb") as file:
-            file.write(_MAGIC + len(text).to_bytes(8, "little") + text)
-            for name in _COLUMNS:
-                file.write(bytes(-file.tell() % _ALIGN))
-                file.write(getattr(index, name).data)
-            file.flush()
-            os.fsync(file.fileno())
-        # A file that is in use elsewhere is not replaced for nothing: over NFS that would pull it from under a mapping.
-        winner = _load(place, index.root)
-        if winner is not None:
-            return winner
-        os.replace(aside, place)
-    finally:
-        aside.unlink(missing_ok=True)
-    return _load(place, index.root) or index
-
-
-def _load(place: Path, root: Path) -> Index | None:
-    """The index in a cache file; None where there is none, it is damaged, or the data changed since."""
-    columns = {}
-    try:
-        raw = np.memmap(place, np.uint8, "r")
-        at = len(_MAGIC) + 8
-        if raw[: len(_MAGIC)].tobytes() != _MAGIC:
-            return None
-        end = at + int.from_bytes(raw[at - 8 : at].tobytes(), "little")
-        head = json.loads(raw[at:end].tobytes())
-        for name, length in head["lengths"].items():
-            begin = end + -end % _ALIGN
-            columns[name] = np.frombuffer(raw, _COLUMNS[name], length, begin)
-            end = begin + columns[name].nbytes
-    except (OSError, ValueError):  # missing, not ours to read, empty, cut short
-        return None
-    classes = tuple(head["classes"])
-    if not _unchanged(root, classes, head["stamps"]):
-        return None
-    return Index(root, classes, **columns, digest=head["digest"])

@@ -6,6 +6,7 @@ What a batch holds is a function of (seed, position) alone, so resuming costs no
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,12 +16,13 @@ import torch
 
 from trainer.config import Augment, Config, Data
 from trainer.data.augment import evaluation_windows, training_draws, training_windows
-from trainer.data.index import DataError, Index, check_same_classes, find_split, open_index
+from trainer.data.index import check_same_classes, open_split
 from trainer.data.order import Order
+from trainer.data.table import DataError, Index
 from trainer.distributed import World
 from trainer.plan import Plan
 
-VALIDATION_FOLDERS = ("val", "validation", "test")
+VALIDATION_NAMES = ("val", "validation", "test")
 Batch = tuple[torch.Tensor, torch.Tensor]  # images (n, 3, size, size) in channels-last memory, labels int64 (n,)
 
 
@@ -49,10 +51,10 @@ def open_data(config: Config, world: World, progress: Callable[[int, int], None]
         return DataSet(None, None, data.synthetic_samples, names, "synthetic")
 
     def scan() -> tuple[Index, Index | None]:
-        train = open_index(find_split(data.root, data.train, ()), progress=progress)
+        train = open_split(data.root, (data.train,), progress)
         if not config.loop.eval_every:
             return train, None
-        val = open_index(find_split(data.root, data.val, VALIDATION_FOLDERS), progress=progress)
+        val = open_split(data.root, (data.val,) if data.val else VALIDATION_NAMES, progress)
         check_same_classes(train, val)
         return train, val
 
@@ -65,10 +67,8 @@ def open_validation(config: Config, world: World) -> Index:
     if config.data.source == "synthetic":
         raise DataError("data.source=synthetic has nothing to evaluate: use data.source=dali")
 
-    def scan() -> Index:
-        return open_index(find_split(config.data.root, config.data.val, VALIDATION_FOLDERS))
-
-    return world.first_on_node(scan)
+    names = (config.data.val,) if config.data.val else VALIDATION_NAMES
+    return world.first_on_node(lambda: open_split(config.data.root, names))
 
 
 def training_batches(config: Config, data: DataSet, plan: Plan, world: World, first_step: int) -> Iterator[Batch]:
@@ -172,6 +172,7 @@ class _Decoder:
             device_id=world.device.index if on_gpu else None,
             decode_on_gpu=on_gpu and data.decoder != "cpu",
             half=on_gpu and config.precision.amp != "fp32",
+            encoded=bool(feed.index.shard_files),
         )
         self._ahead: deque[np.ndarray] = deque()  # rows that DALI has and we have not, to name a bad file
         self._pipeline = dali.build(self._graph, self._source)
@@ -193,19 +194,33 @@ class _Decoder:
     def _source(self) -> tuple:
         rows, fed = self._feed.next()
         self._ahead.append(rows)
-        paths = [np.frombuffer(path.encode(), np.uint8) for path in self._feed.index.paths(rows)]
-        return paths, self._feed.index.labels[rows].astype(np.int64), *fed
+        index = self._feed.index
+        if index.shard_files:
+            files = index.encoded(rows)
+        else:
+            files = [np.frombuffer(os.fsencode(path), np.uint8) for path in index.paths(rows)]
+        return files, index.labels[rows].astype(np.int64), *fed
 
     def _blame(self, error: RuntimeError) -> Exception:
         """The error that names the file. DALI says only which sample of some batch in flight it was."""
         index = self._feed.index
         for row in np.concatenate(list(self._ahead) or [np.empty(0, np.int64)]):
-            (path,) = index.paths(np.array([row]))
-            reason = self._dali.why_undecodable(path, self._graph)
+            reason = self._why_undecodable(row)
             if reason:
-                place = f"{path} (row {row}, class {index.classes[index.labels[row]]})"
+                place = f"{index.path(row)} (row {row}, class {index.classes[index.labels[row]]})"
                 return UndecodableError(f"{place} {reason}: put a sound copy in its place, then run again")
         return error
+
+    def _why_undecodable(self, row: int) -> str:
+        """Why DALI cannot decode this row, in words that follow its name; empty if it can."""
+        index = self._feed.index
+        try:
+            data = index.encoded(np.array([row]))[0] if index.shard_files else np.fromfile(index.path(row), np.uint8)
+        except OSError as error:
+            return f"cannot be read ({error.strerror})"
+        if not len(data):
+            return "is empty"
+        return "" if self._dali.decodes(data, self._graph) else "cannot be decoded: it is damaged or not an image"
 
 
 def _synthetic(config: Config, plan: Plan, world: World) -> Iterator[Batch]:

@@ -2,8 +2,8 @@
 repeat).
 
 What comes out names each operation's own argument (degrees, pixels, bits, a blend factor), so that the graph that
-executes it (trainer/data/ops.py) knows nothing of policies. The spaces, magnitude bins, signs and probabilities are those of
-torchvision 0.26 (transforms/v2/_auto_augment.py, _color.py, _augment.py) and, for `convention=timm`, of timm 1.0
+executes it (trainer/data/ops.py) knows nothing of policies. The spaces, bins, signs and probabilities are those of
+torchvision 0.29 (transforms/v2/_auto_augment.py, _color.py, _augment.py) and, for `convention=timm`, of timm 1.0
 (data/auto_augment.py: "rand-m7-mstd0.5-inc1" is magnitude=7, magnitude_std=0.5, increasing=true).
 """
 
@@ -39,7 +39,7 @@ class Op(IntEnum):
     COLOR = 7
     CONTRAST = 8
     SHARPNESS = 9
-    POSTERIZE = 10  # bits that are kept, 0 to 8
+    POSTERIZE = 10  # bits that are kept, 1 to 8
     SOLARIZE = 11  # grey level from which on a value is inverted, 0 to 256
     AUTO_CONTRAST = 12  # these three: none
     EQUALIZE = 13
@@ -249,7 +249,7 @@ def _argument(op: np.ndarray, share: np.ndarray, negative: np.ndarray, reach: di
     value = value + np.array([{Op.POSTERIZE: 8, Op.SOLARIZE: 255}.get(o, float(o in _ENHANCE)) for o in Op])[op]
     value = np.where(np.isin(op, (Op.TRANSLATE_X, Op.TRANSLATE_Y)), np.trunc(value), value)
     value = np.where(op == Op.POSTERIZE, np.rint(value), value)
-    # A grey level is a whole number: from 178.5 on is from 179 on. The slack is for 255 * (1 - k / 30) in floating point.
+    # A grey level is a whole number: from 178.5 on is from 179 on. The slack is for the rounding of 255 * (1 - k / 30).
     return np.where(op == Op.SOLARIZE, np.ceil(value - 1e-4), value)
 
 
@@ -261,7 +261,8 @@ def _timm_argument(op: np.ndarray, share: np.ndarray, negative: np.ndarray, size
     bits, level = np.floor(4 * share), np.floor(256 * share)
     enhanced = 1 + value if increasing else 0.1 + 1.8 * share
     value = np.where(np.isin(op, _ENHANCE), enhanced, value)
-    value = np.where(op == Op.POSTERIZE, 4 - bits if increasing else bits, value)
+    # timm goes down to 0 bits, a black image, which PIL has come to refuse.
+    value = np.where(op == Op.POSTERIZE, np.maximum(4 - bits if increasing else bits, 1), value)
     value = np.where(op == Op.SOLARIZE, 256 - level if increasing else level, value)
     return np.where(op == Op.SOLARIZE_ADD, np.floor(110 * share), value)
 

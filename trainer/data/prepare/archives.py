@@ -1,4 +1,4 @@
-"""The official ILSVRC2012 archives, read in place: each byte once, in order, by any number of processes."""
+"""The official ILSVRC2012 archives, read in place: each image once, in order, by any number of processes."""
 
 from __future__ import annotations
 

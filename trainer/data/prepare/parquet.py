@@ -1,7 +1,9 @@
 """Hugging Face's parquet files: a column `image` of {bytes, path} and a column `label` of integers.
 
 Class folders must sort in the order of the labels. Where the names in the schema are WordNet ids in that order they
-are the folders; otherwise the folders are class0000, class0001, ... and the names are kept as words.
+are the folders, and where they are words, as in imagenet-1k, the ids in the names of the images are, by which Hugging
+Face's own script for that set tells the class (n01440764_10026_n01440764.JPEG). Otherwise the folders are class0000,
+class0001, ... and the names are kept as words.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from trainer.data.prepare.samples import UNIT_FILES, Sample, Source, Unit, first
 
 _NAME = re.compile(r"(?P<split>[A-Za-z]+)(?:-(?P<number>\d{5})-of-(?P<total>\d{5})(?:-[0-9a-f]+)?)?\.parquet")
 _VAL = ("validation", "valid", "val", "test")  # the first that is there
+_WNID = re.compile(r"(?:.*[/_])?(n\d{8})(?:_\d+)?\.\w+")
 _BATCH = 32  # rows decoded at a time
 
 
@@ -94,13 +97,12 @@ def parquet(root: Path) -> Source:
         _complete(found[theirs])
         for number, (_, path) in enumerate(found[theirs]):
             units += _file_units(library, split, path, number, len(names))
-    wnids = all(re.fullmatch(r"n\d{8}", name) for name in names) and names == sorted(names)
-    classes = names if wnids else [f"class{label:04}" for label in range(len(names))]
+    wnids = names if all(re.fullmatch(r"n\d{8}", name) for name in names) else _ids(library, found["train"], len(names))
+    named = wnids is not None and wnids == sorted(set(wnids))
+    classes = wnids if named else [f"class{label:04}" for label in range(len(names))]
     notes = [f"left out: the split {name}" for name in sorted(found) if name not in ("train", val)]
-    if not wnids:
-        notes.append(
-            "the class folders are class0000, class0001, ...: the names in the files are no sorted WordNet ids"
-        )
+    if not named:
+        notes.append("the class folders are class0000, class0001, ...: the files tell no WordNet ids in sorted order")
     return Source(
         "Hugging Face parquet files", root, tuple(classes), tuple(names), tuple(units), expected, notes=tuple(notes)
     )
@@ -131,7 +133,7 @@ def _complete(found: list[tuple[re.Match[str], Path]]) -> None:
 
 
 def _names(library: Any, path: Path) -> list[str]:
-    """The names of the classes from the schema, else label numbers up to the largest in the training files' statistics."""
+    """The names of the classes from the schema, else class0000, ... up to the largest training label."""
     schema = _open(library, path).schema_arrow
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
@@ -143,6 +145,21 @@ def _names(library: Any, path: Path) -> list[str]:
     if twice := first_repeated(names):
         raise DataError(f"{path} calls two classes {twice!r}: correct the names in its schema")
     return names
+
+
+def _ids(library: Any, found: list[tuple[re.Match[str], Path]], classes: int) -> list[str] | None:
+    """The WordNet id of each label by the names of training images, read until all are seen; None where they differ."""
+    ids: dict[int, str] = {}
+    for _, path in found:
+        with _open(library, path) as file:
+            for batch in file.iter_batches(4096, columns=["image.path", "label"]):
+                for row in batch.to_pylist():
+                    match = _WNID.fullmatch(row["image"]["path"] or "") if row["image"] else None
+                    if match is None or ids.setdefault(row["label"], match[1]) != match[1]:
+                        return None
+        if len(ids) >= classes:
+            break
+    return [ids[label] for label in range(classes)] if set(ids) == set(range(classes)) else None
 
 
 def _largest(library: Any, path: Path) -> int:

@@ -21,8 +21,9 @@ _JPEG_SUFFIXES = (".jpg", ".jpeg")
 class Encoding:
     """What becomes of the images: nothing where all are None.
 
-    `max_side` and `short_side` are pixels; never enlarged. Every image is coded anew then, in its stored orientation (the EXIF tag
-    goes, the pixels stay as training on the original sees them), grey as grey, all else as RGB.
+    `max_side` and `short_side` are pixels; nothing is enlarged. Every image is coded anew then, in its stored
+    orientation (the EXIF tag goes, the pixels stay as training on the original sees them), grey as grey, all else as
+    RGB.
     """
 
     max_side: int | None = None
@@ -61,9 +62,7 @@ def convert(name: str, data: bytes, encoding: Encoding) -> Converted:
         oddity = _oddity(name, data)
         if oddity is None:
             return Converted(name, data, None)
-        return Converted(
-            name, _encode(data, Encoding(), 100, "4:4:4"), f"{oddity}, now a JPEG (quality 100, 4:4:4)"
-        )
+        return Converted(name, _encode(data, Encoding(), 100, "4:4:4"), f"{oddity}, now a JPEG (quality 100, 4:4:4)")
     coded = _encode(data, encoding, encoding.quality or QUALITY, "4:2:0")
     oddity = _oddity(name, data)
     renamed = name if name.lower().endswith(_JPEG_SUFFIXES) else name + ".JPEG"
@@ -99,7 +98,7 @@ def _encode(data: bytes, encoding: Encoding, quality: int, subsampling: str) -> 
             warnings.simplefilter("ignore")  # about broken metadata, which is dropped
             size = _target(image.size, encoding)
             if size != image.size:
-                # Decoded at half, a quarter, ... of the size where that is still twice the goal, as Image.thumbnail does.
+                # Decoded at half, a quarter, ... of the size while that is twice the goal, as Image.thumbnail does.
                 image.draft(None, (2 * size[0], 2 * size[1]))
             picture = image if image.mode == "L" else image.convert("RGB")
             picture = picture if picture.size == size else picture.resize(size, Image.LANCZOS)

@@ -47,8 +47,8 @@ def writing(place: Path) -> Iterator[None]:
         reason = _FULL.get(error.errno)
         remedy = "free some space" if reason else "correct that"
         raise DataError(
-            f"{place} cannot be written: {reason or error.strerror or error}; nothing there is damaged: {remedy} and run "
-            "the same command again, it goes on from here"
+            f"{place} cannot be written: {reason or error.strerror or error}; nothing there is damaged: {remedy} and "
+            "run the same command again, it goes on from here"
         ) from None
 
 
@@ -70,10 +70,18 @@ def write_file(path: Path, data: bytes, aside: Path) -> None:
     os.replace(aside, path)
 
 
-def write_json(path: Path, value: object, home: Path) -> None:
-    """A small JSON file, whole or not at all, in the folder `home` or below it."""
+def write_json(path: Path, value: object, home: Path, indent: int | None = None) -> None:
+    """A JSON file, whole or not at all, in the folder `home` or below it."""
     with writing(home):
-        write_file(path, (json.dumps(value, indent=1) + "\n").encode(), home / ASIDE / f"{path.name}.new")
+        write_file(path, (json.dumps(value, indent=indent) + "\n").encode(), home / ASIDE / f"{path.name}.new")
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """What `write_json` wrote; DataError where it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}): remove {path.parent.parent} and run again") from None
 
 
 def write_images(home: Path, split: str, classes: tuple[str, ...], items: list[Item]) -> None:
@@ -191,6 +199,8 @@ def finish(job: Finish) -> dict[str, object]:
     home = Path(job.home)
     aside, path = home / ASIDE / job.name, home / job.name
     with writing(home):
+        if not path.exists():
+            aside.touch()  # a shard that got no image
         if aside.exists():
             with open(aside, "r+b") as file:
                 file.truncate(job.end)  # behind it may lie what a stopped run wrote and this one wrote elsewhere
@@ -205,9 +215,7 @@ def finish(job: Finish) -> dict[str, object]:
                 left -= min(left, len(data))
             size = file.tell()
         if (check, size) != (job.check, job.end + 2 * _BLOCK):
-            raise DataError(
-                f"{place} is not what was written (a disk or power failure?): remove {home} and run the same command again"
-            )
+            raise DataError(f"{place} is not what was written (a disk or power failure?): remove {home} and run again")
         if aside.exists():
             os.replace(aside, path)
     return {"name": job.name, "samples": job.samples, "bytes": size, "sha256": digest.hexdigest()}
