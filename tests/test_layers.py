@@ -11,13 +11,15 @@ from conftest import REPOSITORY
 
 # From left to right; imports point left. Within a column they never do, except inside a package, by its own order.
 COLUMNS = [
+    {"mistakes"},
+    {"config_augment"},
     {"config"},
     {"configfile", "plan", "environment"},
     {"distributed"},
     {"data", "models"},
     {"optim", "schedule", "losses", "mix", "ema", "metrics", "precision"},
     {"loop", "evaluate"},
-    {"checkpoint", "report", "state"},
+    {"checkpoint", "report", "state", "learner"},
     {"resume"},
     {"train", "evaluation"},
     {"__main__"},

@@ -40,10 +40,18 @@ def steps(config: Config, world: World, first: int, count: int) -> list[tuple[to
     return found
 
 
-@pytest.mark.parametrize("crop", ["resized", "padded"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["augment.crop=resized"],
+        ["augment.crop=padded"],
+        ["augment.policy=randaugment", "augment.brightness=0.4", "augment.erase=0.5"],
+    ],
+    ids=["resized", "padded", "policy"],
+)
 @pytest.mark.parametrize("size", [2, 3, 8])
-def test_ranks_together_see_what_one_rank_sees(tiny: Path, size: int, crop: str) -> None:
-    config = configure(tiny, f"augment.crop={crop}")
+def test_ranks_together_see_what_one_rank_sees(tiny: Path, size: int, options: list[str]) -> None:
+    config = configure(tiny, *options)
     alone = steps(config, rank(0, 1), 0, 3)
     together = [steps(config, rank(r, size), 0, 3) for r in range(size)]
     for step in range(3):
@@ -74,6 +82,11 @@ def test_epochs_and_seeds_differ(tiny: Path) -> None:
     assert not torch.equal(first[0], third[0])  # step 2 begins epoch 1: 48 samples, 24 a step
     (other,) = steps(configure(tiny, "seed=1"), rank(0, 1), 0, 1)
     assert not torch.equal(first[0], other[0])
+    (erased,) = steps(configure(tiny, "augment.erase=1"), rank(0, 1), 0, 1)
+    gone = (erased[0] == 0).all(1)  # a rectangle of each image, and the rest of it as it was
+    assert gone.flatten(1).any(1).all() and torch.equal(
+        erased[0][~gone[:, None].expand(-1, 3, -1, -1)], first[0][~gone[:, None].expand(-1, 3, -1, -1)]
+    )
     assert torch.cat([first[1], second[1]]).bincount().tolist() == [12] * 4  # an epoch is every sample once
 
 

@@ -12,8 +12,8 @@ from timm.data import auto_augment as timm_augment
 from torchvision.transforms import v2
 
 from trainer.config import ConfigError
-from trainer.data.philox import uniforms
-from trainer.data.policies import AUGMENT_OPS, Op, Policy, Recipes, draw, layers
+from trainer.data.philox import AUGMENT_OPS, uniforms
+from trainer.data.policies import Op, Policy, Recipes, draw, layers
 
 SIZE = 224
 EVERYTHING = Policy(

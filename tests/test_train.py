@@ -98,7 +98,8 @@ def test_stopped_in_mid_epoch_and_run_again_is_bitwise_never_stopped(
     config: Path, tiny: Path, tmp_path: Path, ranks: int
 ) -> None:
     # BatchNorm, dropout and batches that span epochs: whatever could depend on more than the step.
-    options = ["model.name=resnet20", "model.drop_path_rate=0.2", "global_batch_size=18", "report.log_every=2"]
+    options = ["model.name=resnet20", "model.drop_path_rate=0.2", "global_batch_size=20", "report.log_every=2"]
+    options += ["augment.policy=trivialaugment", "augment.erase=0.3", "mix.mixup=0.2", "mix.cutmix=1.0"]
     assert train(config, tiny, tmp_path / "whole", *options, ranks=ranks).status == 0
     part = train(config, tiny, tmp_path / "parts", *options, "loop.max_steps=5", ranks=ranks)
     assert part.status == 0 and summary(tmp_path / "parts")["steps"] == 5
@@ -112,6 +113,15 @@ def test_stopped_in_mid_epoch_and_run_again_is_bitwise_never_stopped(
     assert curve(tmp_path / "whole", "eval", "loss", "top1")[-1].equal(
         curve(tmp_path / "parts", "eval", "loss", "top1")[-1]
     )
+
+
+def test_mixing_does_not_depend_on_the_number_of_ranks(config: Path, tiny: Path, tmp_path: Path) -> None:
+    options = [*NO_BATCHNORM, "mix.mixup=0.4", "mix.cutmix=1.0", "augment.policy=randaugment", "loop.eval_every=0"]
+    assert train(config, tiny, tmp_path / "one", *options).status == 0
+    assert train(config, tiny, tmp_path / "three", *options, "max_batch_per_gpu=4", ranks=3).status == 0
+    assert torch.allclose(curve(tmp_path / "one"), curve(tmp_path / "three"), rtol=1e-4, atol=1e-5)
+    refused = train(config, tiny, tmp_path / "odd", *options, "max_batch_per_gpu=3")
+    assert refused.status == 2 and "holds 3 of them" in refused.errors and not (tmp_path / "odd").exists()
 
 
 def test_a_finished_run_says_so_and_does_nothing(config: Path, tiny: Path, reference: Path) -> None:

@@ -9,39 +9,12 @@ This module imports neither torch nor the rest of the trainer, so `--help` and a
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
-
-class ConfigError(ValueError):
-    """The user's mistake: one line that names the key or file, the value and the remedy; exit status 2."""
-
-    everywhere = True  # every rank meets it; False: only the rank that raises it knows
-
-
-class RunError(RuntimeError):
-    """What a run cannot go on with, though nobody made a mistake: one line; exit status 1."""
-
-    everywhere = True
-
-
-def _one_of(key: str, value: Any, valid: tuple[Any, ...]) -> None:
-    if value not in valid:
-        raise ConfigError(f"{key}={value} is not known; use one of: {', '.join(str(v) for v in valid)}")
-
-
-def _at_least(key: str, value: float | None, least: float, *, strictly: bool = False) -> None:
-    if value is not None and (value <= least if strictly else value < least):
-        raise ConfigError(f"{key}={value} is too small; it must be {'above' if strictly else 'at least'} {least}")
-
-
-def _share(key: str, value: float) -> None:
-    if not 0.0 <= value <= 1.0:
-        raise ConfigError(f"{key}={value} is not a share; it must lie between 0 and 1")
-
-
-def _pair(key: str, value: list[float], *, least: float = 0.0) -> None:
-    if len(value) != 2 or not least < value[0] <= value[1]:
-        raise ConfigError(f"{key}={value} is not a range; write two numbers above {least:g}, the smaller first")
+from trainer.config_augment import Augment as Augment
+from trainer.config_augment import Mix as Mix
+from trainer.mistakes import ConfigError as ConfigError
+from trainer.mistakes import RunError as RunError
+from trainer.mistakes import at_least, one_of, share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +37,11 @@ class Data:
     synthetic_classes: int = 1000
 
     def __post_init__(self) -> None:
-        _one_of("data.source", self.source, ("dali", "synthetic"))
-        _one_of("data.decoder", self.decoder, ("auto", "cpu", "gpu"))
+        one_of("data.source", self.source, ("dali", "synthetic"))
+        one_of("data.decoder", self.decoder, ("auto", "cpu", "gpu"))
         for key in ("image_size", "eval_size", "threads", "prefetch", "synthetic_samples", "synthetic_classes"):
-            _at_least(f"data.{key}", getattr(self, key), 1)
-        _at_least("data.eval_resize", self.eval_resize, 0)
+            at_least(f"data.{key}", getattr(self, key), 1)
+        at_least("data.eval_resize", self.eval_resize, 0)
         if self.eval_resize and self.eval_resize < self.crop_size:
             raise ConfigError(
                 f"data.eval_resize={self.eval_resize} is smaller than the evaluation crop of {self.crop_size} px: "
@@ -90,26 +63,6 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Augment:
-    """How a training image is cropped and flipped."""
-
-    crop: str = "resized"  # resized (RandomResizedCrop) | padded (zero padding, then a random crop: CIFAR) | center
-    scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # share of the area, for crop=resized
-    ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])  # width / height, for crop=resized
-    padding: int = 4  # pixels on each side, for crop=padded
-    flip: float = 0.5  # probability of a horizontal flip
-
-    def __post_init__(self) -> None:
-        _one_of("augment.crop", self.crop, ("resized", "padded", "center"))
-        _pair("augment.scale", self.scale)
-        if self.scale[1] > 1:
-            raise ConfigError(f"augment.scale={self.scale} is more than the whole image; it must end at 1 or below")
-        _pair("augment.ratio", self.ratio)
-        _at_least("augment.padding", self.padding, 0)
-        _share("augment.flip", self.flip)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Model:
     """The network. `timm:NAME` and `torchvision:NAME` build theirs."""
 
@@ -125,10 +78,10 @@ class Model:
     weights: str | None = None  # start from this file: a state dict or a checkpoint
 
     def __post_init__(self) -> None:
-        _at_least("model.num_classes", self.num_classes, 1)
-        _one_of("model.variant", self.variant, ("v1.5", "v1", "d"))
-        _one_of("model.shortcut", self.shortcut, (None, "A", "B", "C"))
-        _one_of("model.conv_init", self.conv_init, ("fan_out", "fan_in"))
+        at_least("model.num_classes", self.num_classes, 1)
+        one_of("model.variant", self.variant, ("v1.5", "v1", "d"))
+        one_of("model.shortcut", self.shortcut, (None, "A", "B", "C"))
+        one_of("model.conv_init", self.conv_init, ("fan_out", "fan_in"))
         for key in ("drop_rate", "drop_path_rate"):
             value = getattr(self, key)
             if not 0.0 <= value < 1.0:
@@ -148,10 +101,10 @@ class Optim:
     clip_norm: float | None = None  # clip the gradient's global 2-norm
 
     def __post_init__(self) -> None:
-        _one_of("optim.name", self.name, ("sgd",))
-        _at_least("optim.lr", self.lr, 0, strictly=True)
-        _at_least("optim.weight_decay", self.weight_decay, 0)
-        _at_least("optim.clip_norm", self.clip_norm, 0, strictly=True)
+        one_of("optim.name", self.name, ("sgd",))
+        at_least("optim.lr", self.lr, 0, strictly=True)
+        at_least("optim.weight_decay", self.weight_decay, 0)
+        at_least("optim.clip_norm", self.clip_norm, 0, strictly=True)
         if not 0.0 <= self.momentum < 1.0:
             raise ConfigError(f"optim.momentum={self.momentum} must be at least 0 and below 1")
         if self.nesterov and self.momentum == 0:
@@ -171,12 +124,12 @@ class Schedule:
     step_factor: float = 0.1
 
     def __post_init__(self) -> None:
-        _one_of("schedule.name", self.name, ("cosine", "step", "linear", "constant"))
-        _at_least("schedule.epochs", self.epochs, 0, strictly=True)
-        _at_least("schedule.warmup_epochs", self.warmup_epochs, 0)
-        _share("schedule.warmup_start", self.warmup_start)
-        _share("schedule.final", self.final)
-        _at_least("schedule.step_factor", self.step_factor, 0, strictly=True)
+        one_of("schedule.name", self.name, ("cosine", "step", "linear", "constant"))
+        at_least("schedule.epochs", self.epochs, 0, strictly=True)
+        at_least("schedule.warmup_epochs", self.warmup_epochs, 0)
+        share("schedule.warmup_start", self.warmup_start)
+        share("schedule.final", self.final)
+        at_least("schedule.step_factor", self.step_factor, 0, strictly=True)
         if self.step_epochs != sorted(self.step_epochs):
             raise ConfigError(f"schedule.step_epochs={self.step_epochs} must rise")
         if self.warmup_epochs >= self.epochs:
@@ -208,8 +161,8 @@ class Precision:
     loss_scale: float = 65536.0  # start of the dynamic scale, for fp16
 
     def __post_init__(self) -> None:
-        _one_of("precision.amp", self.amp, ("auto", "bf16", "fp16", "fp32"))
-        _at_least("precision.loss_scale", self.loss_scale, 1)
+        one_of("precision.amp", self.amp, ("auto", "bf16", "fp16", "fp32"))
+        at_least("precision.loss_scale", self.loss_scale, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,8 +173,8 @@ class Loop:
     max_steps: int | None = None  # end after this many steps; the schedule stays that of schedule.epochs
 
     def __post_init__(self) -> None:
-        _at_least("loop.eval_every", self.eval_every, 0)
-        _at_least("loop.max_steps", self.max_steps, 1)
+        at_least("loop.eval_every", self.eval_every, 0)
+        at_least("loop.max_steps", self.max_steps, 1)
         if self.eval_every != int(self.eval_every):
             raise ConfigError(f"loop.eval_every={self.eval_every} must be whole epochs")
 
@@ -235,8 +188,8 @@ class Distributed:
     sync_bn: bool = False  # BatchNorm over all ranks
 
     def __post_init__(self) -> None:
-        _at_least("distributed.timeout", self.timeout, 1)
-        _at_least("distributed.bucket_mb", self.bucket_mb, 1)
+        at_least("distributed.timeout", self.timeout, 1)
+        at_least("distributed.bucket_mb", self.bucket_mb, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,9 +201,9 @@ class Checkpoint:
     keep: int = 2  # the newest ones; the best is kept besides
 
     def __post_init__(self) -> None:
-        _at_least("checkpoint.every_steps", self.every_steps, 1)
-        _at_least("checkpoint.every_minutes", self.every_minutes, 0, strictly=True)
-        _at_least("checkpoint.keep", self.keep, 1)
+        at_least("checkpoint.every_steps", self.every_steps, 1)
+        at_least("checkpoint.every_minutes", self.every_minutes, 0, strictly=True)
+        at_least("checkpoint.keep", self.keep, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,8 +216,8 @@ class Report:
     name: str | None = None  # of the W&B run; None: the run folder's
 
     def __post_init__(self) -> None:
-        _at_least("report.log_every", self.log_every, 1)
-        _one_of("report.wandb", self.wandb, ("auto", "online", "offline", "disabled"))
+        at_least("report.log_every", self.log_every, 1)
+        one_of("report.wandb", self.wandb, ("auto", "online", "offline", "disabled"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,6 +232,7 @@ class Config:
     max_batch_per_gpu: int | None = None  # more images than this a rank are accumulated; None: no limit
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
+    mix: Mix = field(default_factory=Mix)
     model: Model = field(default_factory=Model)
     optim: Optim = field(default_factory=Optim)
     schedule: Schedule = field(default_factory=Schedule)
@@ -290,8 +244,8 @@ class Config:
     report: Report = field(default_factory=Report)
 
     def __post_init__(self) -> None:
-        _one_of("device", self.device, ("auto", "cpu", "cuda"))
+        one_of("device", self.device, ("auto", "cpu", "cuda"))
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed={self.seed} must lie between 0 and 2**32 - 1")
-        _at_least("global_batch_size", self.global_batch_size, 1)
-        _at_least("max_batch_per_gpu", self.max_batch_per_gpu, 1)
+        at_least("global_batch_size", self.global_batch_size, 1)
+        at_least("max_batch_per_gpu", self.max_batch_per_gpu, 1)

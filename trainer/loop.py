@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -14,6 +15,9 @@ from trainer.data.loader import Batch
 from trainer.metrics import sums
 from trainer.optim import set_lr
 from trainer.precision import autocast
+
+# (images, labels, step, which forward batch of the step) to (images, targets)
+Mixing = Callable[[torch.Tensor, torch.Tensor, int, int], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +33,7 @@ class Learner:
     dtype: torch.dtype | None  # to autocast to
     accumulation: int
     clip_norm: float | None
+    mix: Mixing | None  # None: nothing is mixed
     seed: int  # of what the network draws (dropout): a function of (seed, step), so that nothing needs saving
 
 
@@ -40,6 +45,14 @@ class StepRecord:
     lr: float
     totals: torch.Tensor  # float64 (5,): trainer.metrics.sums of this rank's images, then the gradient's norm
     data_seconds: float  # the host's wait for batches
+
+
+class _Mixed(NamedTuple):
+    """A forward batch: what the loss is taken of, and the labels that accuracy is counted by."""
+
+    images: torch.Tensor
+    targets: torch.Tensor  # labels int64 (n,), or probabilities (n, classes)
+    labels: torch.Tensor
 
 
 def train_steps(learner: Learner, batches: Iterator[Batch], steps: Iterable[int]) -> Iterator[StepRecord]:
@@ -55,20 +68,23 @@ def train_steps(learner: Learner, batches: Iterator[Batch], steps: Iterable[int]
             start = time.perf_counter()
             images, labels = next(batches)
             waited += time.perf_counter() - start
-            totals[:4] += _accumulate(learner, images, labels, last=micro == learner.accumulation - 1)
+            batch = _Mixed(images, labels, labels)
+            if learner.mix is not None:
+                batch = _Mixed(*learner.mix(images, labels, step, micro), labels)
+            totals[:4] += _accumulate(learner, batch, last=micro == learner.accumulation - 1)
         totals[4] = _update(learner)
         yield StepRecord(step, lr, totals, waited)
 
 
-def _accumulate(learner: Learner, images: torch.Tensor, labels: torch.Tensor, *, last: bool) -> torch.Tensor:
+def _accumulate(learner: Learner, batch: _Mixed, *, last: bool) -> torch.Tensor:
     """One forward and backward pass; only the last of a step reduces gradients over the ranks."""
     local = nullcontext() if last or not hasattr(learner.model, "no_sync") else learner.model.no_sync()
     with local:
         with autocast(learner.dtype, learner.device):
-            logits = learner.model(images)
-            loss = learner.criterion(logits.float(), labels)
+            logits = learner.model(batch.images)
+            loss = learner.criterion(logits.float(), batch.targets)
         learner.scaler.scale(loss / learner.accumulation).backward()
-    return sums(loss, logits, labels)
+    return sums(loss, logits, batch.labels)
 
 
 def _update(learner: Learner) -> torch.Tensor:

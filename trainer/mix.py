@@ -19,35 +19,10 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from trainer.config import ConfigError
-from trainer.data.philox import philox
+from trainer.config_augment import Mix
+from trainer.data.philox import MIX, uniforms
 
-MIX = 4  # second half of the Philox key
 _GRID = 4096
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mix:
-    """Options: both off by default. Belongs into config.py, as section `mix`."""
-
-    mixup: float = 0.0  # alpha of Beta(alpha, alpha), from which the share of the first image is drawn; 0: off
-    cutmix: float = 0.0  # the same for CutMix; 0: off
-    cutmix_share: float = 0.5  # where both are on: how often it is CutMix
-    chance: float = 1.0  # probability of mixing at all
-    group: int = 2  # neighbours in the global batch that share one draw; 0: the whole global batch
-
-    def __post_init__(self) -> None:
-        for key, low, high in (("mixup", 0, 10), ("cutmix", 0, 10), ("cutmix_share", 0, 1), ("chance", 0, 1)):
-            value = getattr(self, key)
-            if not low <= value <= high:
-                raise ConfigError(f"mix.{key}={value} must lie between {low} and {high}")
-        if self.group < 0 or self.group % 2:
-            raise ConfigError(f"mix.group={self.group} must be even, as pairs are mixed; 0 is the whole global batch")
-
-    @property
-    def on(self) -> bool:
-        """Whether anything is mixed at all."""
-        return (self.mixup > 0 or self.cutmix > 0) and self.chance > 0
 
 
 @dataclass(frozen=True)
@@ -103,7 +78,8 @@ def strengths(options: Mix, seed: int, step: int, positions: np.ndarray, size: t
     """
     height, width = size
     groups = positions // options.group if options.group else np.zeros_like(positions)
-    u = _uniforms(seed, step, groups)
+    # Whether, which, how much, x, y of each group.
+    u = uniforms(seed, np.full(len(groups), step), groups, 5, stream=MIX)
     cut = np.full(len(u), options.cutmix > 0)
     if options.cutmix and options.mixup:
         cut = u[:, 1] < options.cutmix_share
@@ -125,16 +101,6 @@ def strengths(options: Mix, seed: int, step: int, positions: np.ndarray, size: t
     left = 1 - (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]) / (width * height)
     each = (np.where(cut, left, share), np.where(cut, 0.0, share), np.where(cut, 1.0, share))
     return Strengths(*(v.astype(np.float32) for v in each), box)
-
-
-def _uniforms(seed: int, step: int, groups: np.ndarray) -> np.ndarray:
-    """Whether, which, how much, x, y of each group: float64 (n, 5) in [0, 1)."""
-    counter = np.zeros((len(groups), 2, 4), np.uint64)
-    counter[..., 0] = np.arange(2)
-    counter[..., 1] = groups[:, None]
-    counter[..., 2] = step
-    words = philox(counter.reshape(-1, 4), (seed, MIX)).reshape(len(groups), 8)[:, :5]
-    return (words >> np.uint64(11)) * 2.0**-53
 
 
 def _beta(alpha: float, u: np.ndarray) -> np.ndarray:

@@ -10,16 +10,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
-from trainer import checkpoint, configfile, environment, losses, optim, precision, resume, schedule
-from trainer.config import Config, ConfigError
+from trainer import checkpoint, configfile, environment, learner, precision, resume
+from trainer.config import Config
 from trainer.data.loader import Batch, DataSet, EvaluationBatches, open_data, training_batches
 from trainer.distributed import Agreement, World, naming_a_lost_peer, world
 from trainer.evaluate import evaluate
-from trainer.loop import Learner, train_steps
+from trainer.loop import train_steps
 from trainer.metrics import Pending, averages, demand_finite
-from trainer.models import build
 from trainer.models.buffers import averaged_buffers
 from trainer.plan import Plan
 from trainer.report.console import counter
@@ -45,13 +43,7 @@ def train(config: Config, command: list[str]) -> int:
         precision.set_kernels(config, here.device)
         data = open_data(config, here, counter("reading image headers") if here.is_main else None)
         plan = Plan.of(config, here.size, data.samples)
-        torch.manual_seed(config.seed)
-        model = build.create(config.model, _classes(config, data))
-        if config.model.weights:
-            build.load_weights(model, config.model.weights)
-        learner = _learner(config, plan, here, model)
-
-        state = RunState(learner, here)
+        state = RunState(learner.create(config, plan, here, data), here)
         folder = RunFolder(config.output_dir)
         newest = here.on_main(lambda: resume.enter(folder, config))
         try:
@@ -60,42 +52,6 @@ def train(config: Config, command: list[str]) -> int:
             return _Run(config, here, agreement, plan, data, state, folder).go(command)
         finally:
             folder.release()
-
-
-def _classes(config: Config, data: DataSet) -> int:
-    """Classes of the network: as many as the data has, or as many as asked for if that is enough."""
-    asked, present = config.model.num_classes, len(data.classes)
-    if asked is not None and asked < present:
-        raise ConfigError(
-            f"model.num_classes={asked}, but the data has {present} classes: use {present}, or leave it out"
-        )
-    return asked or present
-
-
-def _learner(config: Config, plan: Plan, here: World, model: nn.Module) -> Learner:
-    """The network on its device, its optimiser, loss, scaler and schedule."""
-    dtype = precision.amp_dtype(config.precision, here.device)
-    model = build.parallelize(
-        model,
-        here,
-        channels_last=config.precision.channels_last,
-        compile=config.precision.compile,
-        bucket_mb=config.distributed.bucket_mb,
-        sync_bn=config.distributed.sync_bn,
-    )
-    return Learner(
-        model=model,
-        optimizer=optim.create(config.optim, model, here.device),
-        criterion=losses.create(config.loss),
-        scaler=precision.grad_scaler(config.precision, dtype, here.device),
-        lr_at=lambda step: schedule.lr_at(step, config.schedule, config.optim, plan),
-        device=here.device,
-        dtype=dtype,
-        accumulation=plan.accumulation,
-        clip_norm=config.optim.clip_norm,
-        # Ranks and seeds a long way apart; the step is added to it.
-        seed=(config.seed * 1_000_003 + here.rank) % 2**38 << 24,
-    )
 
 
 @dataclass

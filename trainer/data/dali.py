@@ -1,4 +1,4 @@
-"""The DALI graph: file bytes to a batch of crops, on CPU or GPU. Only this file imports DALI.
+"""The DALI graph: file bytes to a batch of crops, on CPU or GPU. Only this file and ops.py import DALI.
 
 DALI draws nothing: paths, windows, flips and labels come from outside, so a batch is a pure function of its arguments.
 The resize is DALI's triangular filter, which is PIL's bilinear, and EXIF orientation is ignored as torchvision and timm
@@ -12,10 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from nvidia.dali import Pipeline, fn, types
+from nvidia.dali import Pipeline, fn, pipeline_def, types
+
+from trainer.data import ops
 
 # What `source` returns for each graph, in this order: see `Graph.source`.
 Feed = tuple[list[np.ndarray] | np.ndarray, ...]
+
+
+NO_STEPS = ops.Steps()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,31 +45,38 @@ class Graph:
     decode_on_gpu: bool = False
     half: bool = False  # float16 instead of float32 out
     encoded: bool = False  # the source gives the bytes of files, not their paths
+    steps: ops.Steps = NO_STEPS  # operations on the crop; what ops.feed returns comes last from the source
 
 
 def build(graph: Graph, source: Callable[[], Feed]) -> Pipeline:
     """A built pipeline that calls `source` for each batch, ahead of need; its outputs are (images NHWC, labels)."""
-    pipeline = Pipeline(
+    count = {"resized": 5, "padded": 4, "center": 5}[graph.mode]
+
+    @pipeline_def(  # and no `with pipeline`: only here does DALI turn `if` into a choice for each sample
         batch_size=graph.max_batch,
         num_threads=graph.threads,
         device_id=graph.device_id,
         prefetch_queue_depth=graph.prefetch,
+        enable_conditionals=bool(graph.steps.layers),
     )
-    count = {"resized": 5, "padded": 4, "center": 5}[graph.mode]
-    with pipeline:
-        files, labels, flips, starts, *rest = fn.external_source(source=source, num_outputs=count)
+    def define():
+        outputs = count + graph.steps.inputs
+        files, labels, flips, starts, *rest = fn.external_source(source=source, num_outputs=outputs)
         images = _cut(graph, files if graph.encoded else fn.io.file.read(files), starts, rest)
         if graph.device_id is not None:
             images, labels = images.gpu(), labels.gpu()
+        inputs = rest[count - 4 :]
         images = fn.crop_mirror_normalize(
-            images,
+            ops.apply(images, graph.steps, inputs),
             mirror=flips,
             mean=[255 * m for m in graph.mean],
             std=[255 * s for s in graph.std],
             dtype=types.FLOAT16 if graph.half else types.FLOAT,
             output_layout="HWC",
         )
-        pipeline.set_outputs(images, labels)
+        return ops.erase(images, graph.steps, inputs), labels
+
+    pipeline = define()
     pipeline.build()
     return pipeline
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from trainer.config import Augment, Config, Data
+from trainer.data import policies
 from trainer.data.augment import evaluation_windows, training_draws, training_windows
 from trainer.data.index import check_same_classes, open_split
 from trainer.data.order import Order
@@ -118,6 +119,9 @@ class _TrainingFeed:
         self.index = index
         self._augment: Augment = config.augment
         self._seed, self._chunks = config.seed, chunks
+        from trainer.data import ops  # as below: without DALI, synthetic data still works
+
+        self._ops, self.steps = ops, ops.steps(config.augment)
 
     def next(self) -> tuple[np.ndarray, tuple]:
         """(rows, what the graph's mode asks for); StopIteration at the end."""
@@ -127,6 +131,9 @@ class _TrainingFeed:
         fed = (windows.flip.astype(np.int32), np.stack([windows.y, windows.x], axis=1))
         if self.mode == "resized":
             fed = (*fed, np.stack([windows.height, windows.width], axis=1))
+        if self.steps.inputs:
+            recipes = policies.draw(self._augment, self.size, self._seed, epochs, rows)
+            fed = (*fed, *self._ops.feed(self.steps, recipes, windows.flip, self.size))
         return rows, fed
 
 
@@ -173,6 +180,7 @@ class _Decoder:
             decode_on_gpu=on_gpu and data.decoder != "cpu",
             half=on_gpu and config.precision.amp != "fp32",
             encoded=bool(feed.index.shard_files),
+            **({"steps": feed.steps} if isinstance(feed, _TrainingFeed) else {}),
         )
         self._ahead: deque[np.ndarray] = deque()  # rows that DALI has and we have not, to name a bad file
         self._pipeline = dali.build(self._graph, self._source)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 # Second half of the key, so that no two uses of one seed share numbers.
-ORDER, AUGMENT = 1, 2
+ORDER, AUGMENT, AUGMENT_OPS, MIX = 1, 2, 3, 4
 
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
@@ -38,11 +38,19 @@ def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     return np.stack([c0, c1, c2, c3], axis=1)
 
 
-def uniforms(seed: int, epochs: np.ndarray, rows: np.ndarray, count: int, repeats: int | np.ndarray = 0) -> np.ndarray:
+def uniforms(
+    seed: int,
+    epochs: np.ndarray,
+    rows: np.ndarray,
+    count: int,
+    repeats: int | np.ndarray = 0,
+    stream: int = AUGMENT,
+) -> np.ndarray:
     """`count` numbers in [0, 1) for each sample: float64 of shape (n, count), a function of (seed, epoch, row, repeat).
 
     Args:
         epochs, rows: integers of shape (n,).
+        stream: one of the numbers above: other streams of the same sample are independent of it.
         repeats: which of a sample's repetitions within the epoch, from 0; a number or shape (n,).
     """
     blocks = -(-count // 4)
@@ -51,5 +59,5 @@ def uniforms(seed: int, epochs: np.ndarray, rows: np.ndarray, count: int, repeat
     counter[..., 1] = np.asarray(rows)[:, None]
     counter[..., 2] = np.asarray(epochs)[:, None]
     counter[..., 3] = np.broadcast_to(repeats, len(rows))[:, None]
-    words = philox(counter.reshape(-1, 4), (seed, AUGMENT)).reshape(len(rows), blocks * 4)[:, :count]
+    words = philox(counter.reshape(-1, 4), (seed, stream)).reshape(len(rows), blocks * 4)[:, :count]
     return (words >> np.uint64(11)) * 2.0**-53

@@ -10,15 +10,14 @@ torchvision 0.29 (transforms/v2/_auto_augment.py, _color.py, _augment.py) and, f
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
 
-from trainer.config import ConfigError
-from trainer.data.philox import philox
-
-AUGMENT_OPS = 3  # second half of the Philox key: apart from AUGMENT, so that no option here ever moves a crop window
+from trainer.config_augment import FULL_MAGNITUDE
+from trainer.config_augment import Policy as Policy
+from trainer.data.philox import AUGMENT_OPS, uniforms
 
 ATTEMPTS = 10  # as torchvision's RandomErasing
 # Columns of the draws. The policy comes last because its width depends on the number of layers: so no option of one
@@ -48,57 +47,6 @@ class Op(IntEnum):
     HUE = 16  # share of a full turn, -0.5 to 0.5
 
 
-@dataclass(frozen=True, kw_only=True)
-class Policy:
-    """Options: all off by default. Belongs into config.py, below `augment`."""
-
-    policy: str = "none"  # none | randaugment | trivialaugment (wide) | autoaugment (ImageNet's policy)
-    convention: str = "torchvision"  # torchvision | timm: whose operations, strengths and probability, for randaugment
-    num_ops: int = 2  # operations one after another, for randaugment
-    magnitude: float = 9  # of 30 (torchvision's 31 bins) or of 10 (timm), for randaugment
-    magnitude_std: float = 0.0  # of a normal noise on it; .inf: uniform between 0 and magnitude
-    increasing: bool = True  # timm's inc1: a higher magnitude is always a stronger change
-    op_chance: float | None = None  # probability of each operation; None: 1 (torchvision) or 0.5 (timm)
-    interpolation: str = "nearest"  # nearest | bilinear, of shear, translation and rotation
-    fill: int = 0  # grey level of what they pull in from outside the image
-    brightness: float = 0.0  # colour jitter: factors in 1 +- this, in an order drawn anew for each image
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0  # share of a turn, up to 0.5
-    erase: float = 0.0  # probability of erasing a rectangle (with the mean colour: zeros after normalising)
-    erase_scale: list[float] = field(default_factory=lambda: [0.02, 0.33])  # share of the area
-    erase_ratio: list[float] = field(default_factory=lambda: [0.3, 3.3])  # height / width
-
-    def __post_init__(self) -> None:
-        for key, valid in (
-            ("policy", ("none", "randaugment", "trivialaugment", "autoaugment")),
-            ("convention", ("torchvision", "timm")),
-            ("interpolation", ("nearest", "bilinear")),
-        ):
-            if getattr(self, key) not in valid:
-                raise ConfigError(f"augment.{key}={getattr(self, key)} is not known; use one of: {', '.join(valid)}")
-        top = _FULL[self.convention]
-        for key, low, high in (
-            ("num_ops", 1, 16),
-            ("magnitude", 0, top),
-            ("magnitude_std", 0, math.inf),
-            ("op_chance", 0, 1),
-            ("fill", 0, 255),
-            ("brightness", 0, math.inf),
-            ("contrast", 0, math.inf),
-            ("saturation", 0, math.inf),
-            ("hue", 0, 0.5),
-            ("erase", 0, 1),
-        ):
-            value = getattr(self, key)
-            if value is not None and not low <= value <= high:
-                raise ConfigError(f"augment.{key}={value} must lie between {low} and {high}")
-        for key, top in (("erase_scale", 1.0), ("erase_ratio", math.inf)):
-            value = getattr(self, key)
-            if len(value) != 2 or not 0 < value[0] <= value[1] <= top:
-                raise ConfigError(f"augment.{key}={value} is not a range; write two numbers above 0, the smaller first")
-
-
 @dataclass(frozen=True)
 class Recipes:
     """What happens to n images, in the order of the layers, and the rectangle that is erased at the very end."""
@@ -107,8 +55,6 @@ class Recipes:
     magnitudes: np.ndarray  # in the unit of the Op, sign included, float32 (n, layers)
     boxes: np.ndarray  # y, x, height, width in pixels of the flipped crop, int32 (n, 4); zeros: nothing
 
-
-_FULL = {"torchvision": 30, "timm": 10}  # magnitude at which an operation has its full reach
 
 # An operation's argument is start + reach * (magnitude / full), the reach negated half the time where it is signed.
 _GEOMETRY = (Op.SHEAR_X, Op.SHEAR_Y, Op.TRANSLATE_X, Op.TRANSLATE_Y, Op.ROTATE)
@@ -156,7 +102,7 @@ def draw(
         repeats: which of a sample's repetitions within the epoch, from 0; a number or shape (n,).
     """
     count = _POLICY + _PER_LAYER * max(options.num_ops, 2)
-    u = _uniforms(seed, epochs, rows, count, repeats)
+    u = uniforms(seed, epochs, rows, count, repeats, stream=AUGMENT_OPS)
     per_layer = [u[:, i : i + _PER_LAYER] for i in range(_POLICY, count, _PER_LAYER)]
     if options.policy == "autoaugment":
         drawn = _autoaugment(options, size, per_layer)
@@ -174,18 +120,6 @@ def draw(
     return Recipes(ops, magnitudes, _boxes(options, size, u[:, _ERASE]))
 
 
-def _uniforms(seed: int, epochs: np.ndarray, rows: np.ndarray, count: int, repeats: int | np.ndarray) -> np.ndarray:
-    """`trainer.data.philox.uniforms` with this module's own key; to be that function once it takes a stream."""
-    blocks = -(-count // 4)
-    counter = np.empty((len(rows), blocks, 4), np.uint64)
-    counter[..., 0] = np.arange(blocks)
-    counter[..., 1] = np.asarray(rows)[:, None]
-    counter[..., 2] = np.asarray(epochs)[:, None]
-    counter[..., 3] = np.broadcast_to(repeats, len(rows))[:, None]
-    words = philox(counter.reshape(-1, 4), (seed, AUGMENT_OPS)).reshape(len(rows), blocks * 4)[:, :count]
-    return (words >> np.uint64(11)) * 2.0**-53
-
-
 def _choices(options: Policy) -> tuple[Op, ...]:
     return _TIMM if options.convention == "timm" else _TORCHVISION
 
@@ -198,7 +132,7 @@ def _chance(options: Policy) -> float:
 
 def _random(options: Policy, size: int, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """One layer of RandAugment."""
-    full = _FULL[options.convention]
+    full = FULL_MAGNITUDE[options.convention]
     if math.isinf(options.magnitude_std):
         magnitude = options.magnitude * u[:, 3]
     else:
