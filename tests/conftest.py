@@ -109,5 +109,6 @@ def imagenet_sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("the 300 real ImageNet JPEGs are not on this machine (shared/data/imagenet-sample.tar)")
     root = tmp_path_factory.mktemp("sample")
     with tarfile.open(archive) as tar:
-        tar.extractall(root, filter="data")
+        # Not every Python 3.11 has the argument yet; with it there, later ones warn if it is left out.
+        tar.extractall(root, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     return root / "imagenet-sample"
