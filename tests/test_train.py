@@ -310,16 +310,14 @@ def test_a_checkpoint_of_more_classes_than_the_model_is_refused(config: Path, ti
 
 
 def test_the_90_epoch_recipe_learns_on_real_imagenet_files(imagenet_sample: Path, tmp_path: Path) -> None:
-    # ResNet-50 v1.5 at 224 px and batch 32; the schedule shortened so that the warm-up reaches a useful rate.
-    options = ["data.train=.", "data.val=.", f"data.root={imagenet_sample}", f"output_dir={tmp_path / 'run'}"]
-    options += [
-        "global_batch_size=32",
-        "optim.lr=0.02",
-        "schedule.warmup_epochs=0",
-        "loop.max_steps=6",
-        "loop.eval_every=0",
-    ]
+    # ResNet-50 v1.5 at 224 px, 32 images a step. With one image a class nothing can be learnt of images not seen yet,
+    # so each step takes the same 32 files, cropped anew; the schedule is shortened to reach a useful rate.
+    (tmp_path / "train").mkdir()
+    for folder in sorted(imagenet_sample.iterdir())[:32]:
+        (tmp_path / "train" / folder.name).symlink_to(folder)
+    options = [f"data.root={tmp_path}", f"output_dir={tmp_path / 'run'}", "global_batch_size=32", "optim.lr=0.005"]
+    options += ["schedule.warmup_epochs=0", "loop.max_steps=8", "loop.eval_every=0"]
     done = here("train", REPOSITORY / "configs" / "resnet50_90ep.yaml", *options, *EVERY_STEP)
     assert done.status == 0, done.errors
     losses = curve(tmp_path / "run", "train", "loss")[:, 0]
-    assert losses.isfinite().all() and losses[-2:].mean() < losses[:2].mean()
+    assert losses.isfinite().all() and losses[-2:].mean() < losses[:2].mean(), losses
