@@ -313,7 +313,7 @@ def test_the_90_epoch_recipe_learns_on_real_imagenet_files(imagenet_sample: Path
     # ResNet-50 v1.5 at 224 px, 32 images a step. With one image a class nothing can be learnt of images not seen yet,
     # so each step takes the same 32 files, cropped anew; the schedule is shortened to reach a useful rate.
     (tmp_path / "train").mkdir()
-    for folder in sorted(imagenet_sample.iterdir())[:32]:
+    for folder in sorted(path for path in imagenet_sample.iterdir() if path.is_dir())[:32]:
         (tmp_path / "train" / folder.name).symlink_to(folder)
     options = [f"data.root={tmp_path}", f"output_dir={tmp_path / 'run'}", "global_batch_size=32", "optim.lr=0.005"]
     options += ["schedule.warmup_epochs=0", "loop.max_steps=8", "loop.eval_every=0"]
