@@ -31,6 +31,8 @@ class Data:
     eval_resize: int | None = None  # short side before the evaluation crop; None: eval_size * 256 / 224; 0: no resize
     threads: int | None = None  # DALI threads of a rank; None: its share of the node's cores, at most 8
     prefetch: int = 2  # batches decoded ahead
+    stage_to: str | None = None  # folder on the node's own disk or in its memory (/dev/shm) to copy the set to first
+    stage_reserve_gb: float = 5.0  # 10^9 bytes that staging leaves free there
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # ImageNet's, RGB in [0, 1]
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     synthetic_samples: int = 1_281_167  # ImageNet's; only for source=synthetic
@@ -42,6 +44,7 @@ class Data:
         for key in ("image_size", "eval_size", "threads", "prefetch", "synthetic_samples", "synthetic_classes"):
             at_least(f"data.{key}", getattr(self, key), 1)
         at_least("data.eval_resize", self.eval_resize, 0)
+        at_least("data.stage_reserve_gb", self.stage_reserve_gb, 0)
         if self.eval_resize and self.eval_resize < self.crop_size:
             raise ConfigError(
                 f"data.eval_resize={self.eval_resize} is smaller than the evaluation crop of {self.crop_size} px: "

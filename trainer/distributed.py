@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import signal
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -17,6 +19,7 @@ from trainer import environment
 from trainer.config import Config, ConfigError, RunError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_HEARTBEAT = 1.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -70,20 +73,38 @@ class World:
     def first_on_node(self, work: Callable[[], Any]) -> Any:
         """What `work` returns, done by the first rank of each node before the others, so that they find its files.
 
-        A user's mistake that any rank meets is raised on every rank: none is left waiting.
+        However long it takes, no rank's wait for another times out. A user's mistake that any rank meets is raised on
+        every rank: none is left waiting.
         """
-        result, mistake = None, None
+        if self.size == 1:
+            return work()
+        result = None
         for mine in (self.local_rank == 0, self.local_rank != 0):
+            job = Future()
             if mine:
-                try:
-                    result = work()
-                except ConfigError as error:
-                    mistake = str(error)
-            if self.size > 1:
-                mistake = next((m for m in self.gather(mistake) if m), None)
+                # A daemon, so that a rank whose peers are gone need not see it to its end.
+                threading.Thread(target=_fulfil, args=(job, work), daemon=True).start()
+            else:
+                job.set_result(None)
+            self._await_all(job)
+            mistake = job.exception() if job.done() else None
+            if mistake and not isinstance(mistake, ConfigError):
+                raise mistake
+            mistake = next((m for m in self.gather(mistake and str(mistake)) if m), None)
             if mistake:
                 raise ConfigError(mistake)
+            result = job.result() if mine else result
         return result
+
+    def _await_all(self, job: Future) -> None:
+        """Return when every rank's job is done, or one has failed; the ranks hear from each other every second."""
+        while True:
+            wait([job], timeout=_HEARTBEAT)
+            state = torch.tensor([not job.done(), job.done() and job.exception() is not None], dtype=torch.int32)
+            dist.all_reduce(state, op=dist.ReduceOp.MAX, group=self.control)
+            busy, failed = state.tolist()
+            if failed or not busy:
+                return
 
     def on_main(self, work: Callable[[], Any]) -> Any:
         """What `work` returns on the main rank, on every rank; a user's mistake is raised on every rank too."""
@@ -195,6 +216,13 @@ class Agreement:
         work = dist.all_reduce(wants, op=dist.ReduceOp.MAX, group=self._world.control, async_op=True)
         self._pending = work, wants
         return before
+
+
+def _fulfil(job: Future, work: Callable[[], Any]) -> None:
+    try:
+        job.set_result(work())
+    except BaseException as error:
+        job.set_exception(error)
 
 
 def _device(wanted: str, local_rank: int) -> torch.device:

@@ -19,6 +19,8 @@ from trainer.data import policies
 from trainer.data.augment import evaluation_windows, training_draws, training_windows
 from trainer.data.index import check_same_classes, open_split
 from trainer.data.order import Order
+from trainer.data.prepare.pace import pace
+from trainer.data.stage import stage
 from trainer.data.table import DataError, Index
 from trainer.distributed import World
 from trainer.plan import Plan
@@ -45,7 +47,10 @@ class DataSet:
 
 
 def open_data(config: Config, world: World, progress: Callable[[int, int], None] | None = None) -> DataSet:
-    """Find and index the data that `config` names, scanning each folder once a node; DataError if it is not sound."""
+    """Find and index the data that `config` names, and stage it where that is wanted; DataError if it is not sound.
+
+    Each folder is scanned, and copied, once a node.
+    """
     data = config.data
     if data.source == "synthetic":
         names = tuple(f"class{i}" for i in range(data.synthetic_classes))
@@ -53,10 +58,13 @@ def open_data(config: Config, world: World, progress: Callable[[int, int], None]
 
     def scan() -> tuple[Index, Index | None]:
         train = open_split(data.root, (data.train,), progress)
-        if not config.loop.eval_every:
-            return train, None
-        val = open_split(data.root, (data.val,) if data.val else VALIDATION_NAMES, progress)
-        check_same_classes(train, val)
+        val = None
+        if config.loop.eval_every:
+            val = open_split(data.root, (data.val,) if data.val else VALIDATION_NAMES, progress)
+            check_same_classes(train, val)
+        if data.stage_to is not None:
+            wanted = [index for index in (train, val) if index is not None]
+            train, val, *_ = *stage(wanted, data.stage_to, data.stage_reserve_gb * 1e9, progress and pace()), None
         return train, val
 
     train, val = world.first_on_node(scan)
