@@ -8,12 +8,12 @@ import torch
 from torchvision.transforms import v2
 
 from trainer.config import Augment
-from trainer.data.augment import evaluation_windows, training_draws, training_windows
+from trainer.data.augment import evaluation_windows, training_windows
 
 
 def windows(options: Augment, size: int, width: int, height: int, count: int = 4000):
-    draws = training_draws(0, np.zeros(count, int), np.arange(count))
-    return training_windows(options, size, draws, np.full(count, width), np.full(count, height))
+    keys = (np.zeros(count, int), np.arange(count), np.zeros(count, int))
+    return training_windows(options, size, 0, keys, (np.full(count, width), np.full(count, height)))
 
 
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (375, 500), (224, 224), (30, 2000), (2000, 30), (1, 1)])
@@ -64,3 +64,12 @@ def test_evaluation_windows_are_torchvisions_to_the_pixel(short_side: int) -> No
         assert max(window.y[i], 0) == expected_y and max(window.x[i], 0) == expected_x
         if width[i] < 224:
             assert (crop[1].amax(0) > 0).nonzero()[0, 0] == -window.x[i]
+
+
+def test_alternating_flips_turn_over_each_epoch() -> None:
+    n, options = 400, Augment(alternate_flip=True)
+    sizes = np.full(n, 64), np.full(n, 64)
+    keys = [(np.full(n, epoch), np.arange(n), np.zeros(n, int)) for epoch in range(4)]
+    first, second, third, fourth = (training_windows(options, 32, 0, key, sizes).flip for key in keys)
+    assert abs(first.mean() - 0.5) < 0.1
+    assert (first == ~second).all() and (first == third).all() and (second == fourth).all()

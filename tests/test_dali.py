@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import v2
@@ -19,10 +20,9 @@ def decode(mode: str, files: list[Path], flips: np.ndarray, starts: np.ndarray, 
     """Grey levels 0 to 255, NCHW, of a 224 px graph."""
     paths = [np.frombuffer(str(file).encode(), np.uint8) for file in files]
     rest = () if mode == "padded" else (shapes.astype(np.float32) if mode == "center" else shapes.astype(np.int32),)
-    fed = (paths, np.arange(len(files)), flips.astype(np.int32), starts.astype(np.int32), *rest)
-    graph = dali.Graph(
-        mode=mode, size=224, max_batch=len(files), threads=1, prefetch=1, mean=(0, 0, 0), std=(1 / 255,) * 3
-    )
+    sides = np.full((len(files), 2), 224, np.float32 if mode == "resized" else np.int32)
+    fed = (paths, np.arange(len(files)), flips.astype(np.int32), starts.astype(np.int32), sides, *rest)
+    graph = dali.Graph(mode=mode, max_batch=len(files), threads=1, prefetch=1, mean=(0, 0, 0), std=(1 / 255,) * 3)
     feeds = iter([fed])
     images, labels = dali.run(dali.build(graph, lambda: next(feeds)))
     assert labels.tolist() == list(range(len(files)))
@@ -108,9 +108,15 @@ def test_an_output_outlives_the_next_batches(tmp_path: Path) -> None:
     def feed():
         for value in range(8):
             path = np.frombuffer(str(tmp_path / f"{value}.png").encode(), np.uint8)
-            yield [path], np.array([value]), np.zeros(1, np.int32), np.zeros((1, 2), np.int32)
+            yield (
+                [path],
+                np.array([value]),
+                np.zeros(1, np.int32),
+                np.zeros((1, 2), np.int32),
+                np.full((1, 2), 8, np.int32),
+            )
 
-    graph = dali.Graph(mode="padded", size=8, max_batch=1, threads=1, prefetch=2, mean=(0,) * 3, std=(1 / 255,) * 3)
+    graph = dali.Graph(mode="padded", max_batch=1, threads=1, prefetch=2, mean=(0,) * 3, std=(1 / 255,) * 3)
     feeds = feed()
     pipeline = dali.build(graph, lambda: next(feeds))
     kept = [dali.run(pipeline) for _ in range(8)]
@@ -118,10 +124,15 @@ def test_an_output_outlives_the_next_batches(tmp_path: Path) -> None:
         assert (image == value * 30).all() and label == value
 
 
-def test_what_decodes_is_told_from_what_does_not(tmp_path: Path) -> None:
-    graph = dali.Graph(mode="padded", size=8, max_batch=1, threads=1, prefetch=1, mean=(0,) * 3, std=(1,) * 3)
-    Image.new("RGB", (20, 20)).save(tmp_path / "a.JPEG")
-    whole = np.fromfile(tmp_path / "a.JPEG", np.uint8)
-    assert dali.decodes(whole, graph)
-    assert not dali.decodes(whole[: len(whole) // 2], graph)
-    assert not dali.decodes(np.frombuffer(b"hello" * 100, np.uint8), graph)
+@pytest.mark.parametrize("encoded", [False, True])
+def test_what_dali_refuses_is_found_among_what_it_takes(tmp_path: Path, encoded: bool) -> None:
+    graph = dali.Graph(mode="padded", max_batch=1, threads=1, prefetch=1, mean=(0,) * 3, std=(1,) * 3, encoded=encoded)
+    Image.new("RGB", (20, 20)).save(tmp_path / "0.JPEG")
+    whole = (tmp_path / "0.JPEG").read_bytes()
+    contents = [whole, whole[: len(whole) // 2], b"hello" * 100, whole, whole, b"no"]
+    files = []
+    for number, content in enumerate(contents):
+        (tmp_path / f"{number}.JPEG").write_bytes(content)
+        files.append(np.frombuffer(content if encoded else str(tmp_path / f"{number}.JPEG").encode(), np.uint8))
+    assert dali.refused(files, graph) == [1, 2, 5]
+    assert dali.refused(files[:1], graph) == [] == dali.refused([], graph)

@@ -37,11 +37,11 @@ def test_crops_on_the_gpu_equal_pil(imagenet_sample: Path, on_gpu: bool) -> None
     shapes = (sizes * 0.6).astype(np.int32)
     starts = (sizes * 0.2).astype(np.int32)
     paths = [np.frombuffer(str(file).encode(), np.uint8) for file in files]
-    fed = paths, np.arange(32), np.zeros(32, np.int32), starts[:, ::-1].copy(), shapes[:, ::-1].copy()
+    sides = np.full((32, 2), 224, np.float32)
+    fed = paths, np.arange(32), np.zeros(32, np.int32), starts[:, ::-1].copy(), sides, shapes[:, ::-1].copy()
     feeds = iter([fed])
     graph = dali.Graph(
         mode="resized",
-        size=224,
         max_batch=32,
         threads=4,
         prefetch=1,

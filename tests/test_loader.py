@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 from itertools import islice
 from pathlib import Path
 
@@ -13,7 +15,10 @@ from PIL import Image
 from trainer import configfile
 from trainer.config import Config, ConfigError
 from trainer.data.index import DataError
-from trainer.data.loader import EvaluationBatches, open_data, training_batches
+from trainer.data.loader import EvaluationBatches, TrainingBatches, open_data
+from trainer.data.order import Order
+from trainer.data.prepare.run import Options, prepare
+from trainer.data.prepare.transcode import Encoding
 from trainer.distributed import World
 from trainer.plan import Plan
 
@@ -32,7 +37,7 @@ def steps(config: Config, world: World, first: int, count: int) -> list[tuple[to
     """(images, labels) of this rank for `count` steps, its accumulated batches put together."""
     data = open_data(config, rank(0, 1))
     plan = Plan.of(config, world.size, data.samples)
-    batches = training_batches(config, data, plan, world, first)
+    batches = TrainingBatches(config, data, plan, world, first)
     found = []
     for _ in range(count):
         images, labels = zip(*islice(batches, plan.accumulation))
@@ -46,8 +51,9 @@ def steps(config: Config, world: World, first: int, count: int) -> list[tuple[to
         ["augment.crop=resized"],
         ["augment.crop=padded"],
         ["augment.policy=randaugment", "augment.brightness=0.4", "augment.erase=0.5"],
+        ["augment.repeats=3", "augment.policy=trivialaugment"],
     ],
-    ids=["resized", "padded", "policy"],
+    ids=["resized", "padded", "policy", "repeats"],
 )
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_ranks_together_see_what_one_rank_sees(tiny: Path, size: int, options: list[str]) -> None:
@@ -113,21 +119,114 @@ def test_normalised_and_channels_last(tmp_path: Path) -> None:
     assert torch.allclose(images.mean((0, 2, 3)), torch.tensor([1.0, -2.0, 0.0]), atol=1e-5)
 
 
-def test_an_image_damaged_after_the_scan_is_named(tmp_path: Path) -> None:
+@pytest.fixture
+def damaged(tmp_path: Path) -> tuple[Path, Path]:
+    """A set of noise, 8 images a split, and its training file of row 5, cut short after the scan."""
     for split in ("train", "val"):
         for number in range(8):
             (tmp_path / split / "cat").mkdir(parents=True, exist_ok=True)
             noise = np.random.default_rng(number).integers(0, 255, (64, 64, 3), dtype=np.uint8)
             Image.fromarray(noise).save(tmp_path / split / "cat" / f"{number}.JPEG")
-    config = configure(tmp_path, "global_batch_size=2", "augment.scale=[1,1]", "augment.ratio=[1,1]")
-    open_data(config, rank(0, 1))
-    victim = tmp_path / "train" / "cat" / "5.JPEG"
-    content = victim.read_bytes()
-    with open(victim, "r+b") as file:  # in place, as a failing disk would: no folder changes
-        file.truncate(len(content) // 3)
+    open_data(configure(tmp_path, "global_batch_size=2"), rank(0, 1))
+    victims = [tmp_path / split / "cat" / "5.JPEG" for split in ("train", "val")]
+    for victim in victims:
+        with open(victim, "r+b") as file:  # in place, as a failing disk would: no folder changes
+            file.truncate(len(victim.read_bytes()) // 3)
+    return tmp_path, victims[0]
+
+
+def test_an_image_damaged_after_the_scan_is_named(damaged: tuple[Path, Path]) -> None:
+    config = configure(damaged[0], "global_batch_size=2")
     with pytest.raises(DataError, match=r"train/cat/5\.JPEG \(row 5, class cat\) cannot be decoded") as error:
         steps(config, rank(0, 1), 0, 5)
     assert not error.value.everywhere and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_skipped_image_leaves_its_place_to_the_next_sound_one(damaged: tuple[Path, Path], size: int) -> None:
+    root, victim = damaged
+    config = configure(root, "global_batch_size=2", "data.on_error=skip", "data.max_skipped=0.2")
+    skipping = [steps(config, rank(r, size), 0, 4) for r in range(size)]
+    images = torch.cat([part[step][0] for step in range(4) for part in skipping])
+    rows = Order(config.seed, 8).at(0, 8)[1].tolist()
+    assert torch.equal(images[rows.index(5)], images[rows.index(6)])
+    victim.write_bytes((root / "val" / "cat" / "0.JPEG").read_bytes())  # sound again: all others are as they were
+    plain = torch.cat([images for images, _ in steps(config, rank(0, 1), 0, 4)])
+    assert (plain != images).flatten(1).any(1).nonzero().flatten().tolist() == [rows.index(5)]
+
+
+def test_evaluation_goes_without_a_skipped_image_and_says_so(damaged: tuple[Path, Path]) -> None:
+    config = configure(damaged[0], "data.on_error=skip", "data.max_skipped=0.2")
+    batches = EvaluationBatches(config, open_data(config, rank(0, 1)).val, rank(0, 1), 3)
+    for _ in range(2):
+        assert sum(len(labels) for _, labels in batches) == 7
+        assert batches.left_out == 1 and len(batches) == 8
+
+
+def test_too_many_skipped_images_stop_the_run(damaged: tuple[Path, Path]) -> None:
+    config = configure(damaged[0], "global_batch_size=2", "data.on_error=skip", "data.max_skipped=0.1")
+    with pytest.raises(DataError, match=r"1 of 8 images of .*data\.max_skipped=0\.1.*5\.JPEG"):
+        steps(config, rank(0, 1), 0, 5)
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_what_only_pillow_can_decode_goes_on_and_is_counted(tmp_path: Path, encoded: bool) -> None:
+    for split in ("train", "val"):
+        for number in range(4):
+            (tmp_path / split / "cat").mkdir(parents=True, exist_ok=True)
+            image = Image.new("RGB", (40, 40), (number * 60, 10, 200))
+            image.save(tmp_path / split / "cat" / f"{number}.png")
+    if encoded:
+        prepare(tmp_path, tmp_path / "shards", Options("shards", Encoding(None, None, None), 256, 1, False))
+    root = tmp_path / "shards" if encoded else tmp_path
+    config = configure(root, "global_batch_size=4", "augment.flip=0")
+    data = open_data(config, rank(0, 1))
+    (expected, labels), *_ = steps(config, rank(0, 1), 0, 1)
+    # A GIF in a file that says PNG: its header says as much as the index knows, and DALI reads no GIF.
+    gif = io.BytesIO()
+    Image.new("RGB", (40, 40), (120, 10, 200)).save(gif, "GIF")
+    if encoded:
+        row = 2
+        index = data.train
+        place, size = int(index.positions[row]), int(index.sizes[row])
+        content = gif.getvalue().ljust(size, b"\0")
+        assert len(content) == size
+        shard = root / index.shard_files[0]
+        before = shard.stat()
+        with open(shard, "r+b") as file:
+            file.seek(place)
+            file.write(content)
+        os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    else:
+        with open(tmp_path / "train" / "cat" / "2.png", "r+b") as file:
+            file.truncate()
+            file.write(gif.getvalue())
+    batches = TrainingBatches(config, open_data(config, rank(0, 1)), Plan.of(config, 1, 4), rank(0, 1), 0)
+    images, again = next(batches)
+    assert torch.equal(again, labels) and torch.equal(images, expected)
+    assert list(batches.salvage.converted) == [2] and not batches.salvage.bad
+
+
+def test_an_image_overwritten_by_one_of_another_size_is_named(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / split / "a" / "0.png")
+    config = configure(tmp_path, "global_batch_size=1", "augment.scale=[1,1]", "augment.ratio=[1,1]")
+    open_data(config, rank(0, 1))
+    with open(tmp_path / "train" / "a" / "0.png", "r+b") as file:
+        file.truncate()
+        Image.new("RGB", (20, 20)).save(file, "PNG")
+    with pytest.raises(DataError, match=r"a/0\.png is 20 x 20 pixels, but 64 x 64 in the index .* run again"):
+        steps(config, rank(0, 1), 0, 1)
+
+
+def test_the_image_size_rises_between_epochs_and_not_within(tiny: Path) -> None:
+    options = ["data.start_size=16", "data.image_size=48", "data.size_step=8", "data.ramp=[0.25,0.75]"]
+    config = configure(tiny, *options, "augment.policy=randaugment", "schedule.epochs=8", "schedule.warmup_epochs=0")
+    sizes = [images.shape[-1] for images, _ in steps(config, rank(0, 1), 0, 16)]
+    assert sizes == [16] * 6 + [24] * 2 + [32] * 2 + [40] * 2 + [48] * 4
+    late = steps(config, rank(0, 1), 9, 1)[0][0]
+    assert torch.equal(late, steps(config, rank(0, 1), 8, 2)[1][0])
 
 
 def test_a_gpu_decoder_needs_a_gpu(tiny: Path) -> None:

@@ -53,7 +53,23 @@ def test_the_order_of_an_epoch_is_fixed_for_ever() -> None:
 @pytest.mark.parametrize("batch", [1, 7, 16, 50])
 def test_positions_run_through_the_epochs_without_a_gap(batch: int) -> None:
     samples, order = 50, Order(5, 50)
-    epochs, rows = map(np.concatenate, zip(*(order.at(s * batch, batch) for s in range(3 * samples // batch + 1))))
+    epochs, rows, _ = map(np.concatenate, zip(*(order.at(s * batch, batch) for s in range(3 * samples // batch + 1))))
     for epoch in range(3):
         assert (rows[epochs == epoch] == epoch_order(5, epoch, samples)[: (epochs == epoch).sum()]).all()
         assert (np.sort(rows[epoch * samples : (epoch + 1) * samples]) == np.arange(samples)).all()
+
+
+@pytest.mark.parametrize(("repeats", "batch"), [(2, 8), (3, 12), (4, 20)])
+def test_repeats_stand_apart_in_a_step_and_even_out_over_the_epochs(repeats: int, batch: int) -> None:
+    samples, order = 60, Order(5, 60, repeats, batch)
+    steps = [order.at(s * batch, batch) for s in range(repeats * samples // batch)]
+    for _, rows, numbers in steps:
+        assert (np.bincount(rows)[np.unique(rows)] == repeats).all()
+        assert sorted(zip(rows, numbers)) == [(row, r) for row in np.unique(rows) for r in range(repeats)]
+        assert (rows[0::2] != rows[1::2]).all()  # mixup pairs these
+    rows = np.concatenate([rows for _, rows, _ in steps])
+    assert (np.bincount(rows, minlength=samples) == repeats).all()
+    halves = [
+        np.concatenate(parts) for parts in zip(order.at(batch, batch // 2), order.at(batch + batch // 2, batch // 2))
+    ]
+    assert all((half == whole).all() for half, whole in zip(halves, steps[1]))

@@ -261,6 +261,9 @@ def test_unsound_data_is_answered_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+SKIPPING = ("data.on_error=skip", "data.max_skipped=0.2")
+
+
 def test_a_file_damaged_in_mid_run_is_named_by_the_rank_that_met_it(config: Path, tmp_path: Path) -> None:
     damaged(tmp_path, "none")
     from trainer.data.index import open_index
@@ -277,6 +280,13 @@ def test_a_file_damaged_in_mid_run_is_named_by_the_rank_that_met_it(config: Path
     # The other rank says that it lost this one, in one line and without a traceback.
     assert re.search(r"error: rank \d of 2 lost another rank, whose own message says why", done.errors)
     assert summary(tmp_path / "run")["status"] == "failed"
+    os.truncate(tmp_path / "sound" / "val" / "class2" / "001.JPEG", 300)
+    done = train(config, tmp_path / "sound", tmp_path / "run", *options, *SKIPPING, ranks=2)
+    assert done.status == 0, done.errors
+    assert re.search(r"warning: 1 training images are skipped so far: \S*class1/003\.JPEG", done.output)
+    assert re.search(r"warning: 1 evaluation images are skipped so far: \S*class2/001\.JPEG", done.output)
+    assert {record["count"] for record in metrics(tmp_path / "run", "eval")} == {8}
+    assert "class1/003.JPEG" in json.loads((tmp_path / "run" / "skipped_training.json").read_text())["skipped"][0]
 
 
 def test_evaluate_finds_what_the_run_found(config: Path, tiny: Path, reference: Path, tmp_path: Path) -> None:

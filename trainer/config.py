@@ -24,13 +24,18 @@ class Data:
     root: str = "data/imagenet"  # folder that holds the two folders below
     train: str = "train"  # folder of class folders, below root; "." is root itself
     val: str | None = None  # None: the first of val, validation, test that exists
-    source: str = "dali"  # dali | synthetic (random tensors made once: the speed without any input)
+    source: str = "dali"  # dali | torchvision (Pillow in processes: slower) | synthetic (random tensors, made once)
     decoder: str = "auto"  # auto (where the training runs) | cpu | gpu
     image_size: int = 224  # side of the training crop in pixels
+    start_size: int | None = None  # side at the beginning, for progressive resizing; None: image_size throughout
+    ramp: list[float] = field(default_factory=lambda: [0.4, 0.8])  # share of the epochs over which it rises, linearly
+    size_step: int = 32  # sides between the two are multiples of this
     eval_size: int | None = None  # side of the evaluation crop; None: image_size
     eval_resize: int | None = None  # short side before the evaluation crop; None: eval_size * 256 / 224; 0: no resize
-    threads: int | None = None  # DALI threads of a rank; None: its share of the node's cores, at most 8
+    threads: int | None = None  # that decode, of a rank (torchvision: processes); None: its share of the node's cores, at most 8
     prefetch: int = 2  # batches decoded ahead
+    on_error: str = "stop"  # stop | skip: what an image that cannot be decoded does, met in mid-run
+    max_skipped: float = 0.001  # share of the images that may be skipped before the run stops
     stage_to: str | None = None  # folder on the node's own disk or in its memory (/dev/shm) to copy the set to first
     stage_reserve_gb: float = 5.0  # 10^9 bytes that staging leaves free there
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # ImageNet's, RGB in [0, 1]
@@ -39,11 +44,28 @@ class Data:
     synthetic_classes: int = 1000
 
     def __post_init__(self) -> None:
-        one_of("data.source", self.source, ("dali", "synthetic"))
+        one_of("data.source", self.source, ("dali", "torchvision", "synthetic"))
         one_of("data.decoder", self.decoder, ("auto", "cpu", "gpu"))
-        for key in ("image_size", "eval_size", "threads", "prefetch", "synthetic_samples", "synthetic_classes"):
+        if self.decoder == "gpu" and self.source == "torchvision":
+            raise ConfigError("data.decoder=gpu needs data.source=dali: torchvision decodes on the CPU")
+        one_of("data.on_error", self.on_error, ("stop", "skip"))
+        share("data.max_skipped", self.max_skipped)
+        for key in (
+            "image_size",
+            "start_size",
+            "size_step",
+            "eval_size",
+            "threads",
+            "prefetch",
+            "synthetic_samples",
+            "synthetic_classes",
+        ):
             at_least(f"data.{key}", getattr(self, key), 1)
         at_least("data.eval_resize", self.eval_resize, 0)
+        if self.start_size is not None and self.start_size > self.image_size:
+            raise ConfigError(f"data.start_size={self.start_size} is more than data.image_size={self.image_size}")
+        if len(self.ramp) != 2 or not 0 <= self.ramp[0] <= self.ramp[1] <= 1:
+            raise ConfigError(f"data.ramp={self.ramp} must be two shares of the run, the earlier first, as [0.4, 0.8]")
         at_least("data.stage_reserve_gb", self.stage_reserve_gb, 0)
         if self.eval_resize and self.eval_resize < self.crop_size:
             raise ConfigError(
@@ -252,3 +274,12 @@ class Config:
             raise ConfigError(f"seed={self.seed} must lie between 0 and 2**32 - 1")
         at_least("global_batch_size", self.global_batch_size, 1)
         at_least("max_batch_per_gpu", self.max_batch_per_gpu, 1)
+        if self.global_batch_size % self.augment.repeats:
+            raise ConfigError(
+                f"augment.repeats={self.augment.repeats} does not divide global_batch_size={self.global_batch_size}"
+            )
+        if self.data.start_size is not None and self.augment.crop != "resized":
+            raise ConfigError(
+                f"data.start_size={self.data.start_size} resizes crops, and augment.crop={self.augment.crop} takes "
+                "them as they are: use augment.crop=resized"
+            )

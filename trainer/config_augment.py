@@ -70,6 +70,8 @@ class Augment(Policy):
     ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])  # width / height, for crop=resized
     padding: int = 4  # pixels on each side, for crop=padded
     flip: float = 0.5  # probability of a horizontal flip
+    alternate_flip: bool = False  # flip drawn once a sample, then turned over each epoch (Jordan, arXiv:2404.00498)
+    repeats: int = 1  # repeated augmentation: how often a sample stands in a step's batch, each time augmented anew
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,6 +82,7 @@ class Augment(Policy):
         pair("augment.ratio", self.ratio)
         at_least("augment.padding", self.padding, 0)
         share("augment.flip", self.flip)
+        at_least("augment.repeats", self.repeats, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from trainer.data.loader import EvaluationBatches
 from trainer.distributed import World
-from trainer.metrics import Averages, Pending, sums
+from trainer.metrics import Averages, Pending, averages, sums
 from trainer.precision import autocast
 
 
@@ -24,6 +24,8 @@ def evaluate(
 ) -> Averages:
     """Cross-entropy and accuracy of `model` over the whole set; every rank calls it and gets the same.
 
+    Images that cannot be decoded (`data.on_error=skip`) are in neither the sums nor the count.
+
     Args:
         model: the bare network, the same on every rank. Its mode is restored.
         dtype: to autocast to, None for fp32.
@@ -31,13 +33,15 @@ def evaluate(
     """
     training = model.training
     model.eval()
-    total = torch.zeros(4, dtype=torch.float64, device=world.device)
+    total = torch.zeros(5, dtype=torch.float64, device=world.device)
     for images, labels in batches:
         with autocast(dtype, world.device):
             logits = model(images).float()
-        total += sums(functional.cross_entropy(logits, labels), logits, labels)
+        total[:4] += sums(functional.cross_entropy(logits, labels), logits, labels)
         progress(len(labels))
     model.train(training)
-    result = Pending(total, world).read()
-    assert result.count == len(batches), f"evaluated {result.count} of {len(batches)} images"
+    total[4] = batches.left_out
+    *totals, left_out = Pending(total, world).values()
+    result = averages(totals)
+    assert result.count + left_out == len(batches), f"evaluated {result.count} of {len(batches)} images"
     return result

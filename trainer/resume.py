@@ -12,7 +12,17 @@ from trainer.state import RunState
 
 # What a resumed run may change: where it runs and what it tells, nothing that it computes.
 FREE = ("output_dir", "device", "max_batch_per_gpu", "data.root", "data.train", "data.val", "data.decoder")
-FREE += ("data.threads", "data.prefetch", "data.stage_", "loop.", "distributed.", "checkpoint.", "report.")
+FREE += (
+    "data.threads",
+    "data.prefetch",
+    "data.on_error",
+    "data.max_skipped",
+    "data.stage_",
+    "loop.",
+    "distributed.",
+    "checkpoint.",
+    "report.",
+)
 
 
 def enter(folder: RunFolder, config: Config) -> Path | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import signal
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 
 from trainer import checkpoint, configfile, environment, learner, precision, resume
 from trainer.config import Config
-from trainer.data.loader import Batch, DataSet, EvaluationBatches, open_data, training_batches
+from trainer.data.loader import DataSet, EvaluationBatches, TrainingBatches, open_data
 from trainer.distributed import Agreement, World, naming_a_lost_peer, world
 from trainer.evaluate import evaluate
 from trainer.loop import train_steps
@@ -101,7 +100,7 @@ class _Run:
 
     def _train(self) -> int:
         """From epoch's end to epoch's end; returns the signal that ended it, 0 at the end."""
-        batches = training_batches(self.config, self.data, self.plan, self.here, self.progress.step)
+        batches = TrainingBatches(self.config, self.data, self.plan, self.here, self.progress.step)
         while self.progress.closed < self.last_step:
             end = min(self.plan.epoch_end(self.progress.closed), self.last_step)
             stopped_by = self._steps(batches, end)
@@ -109,11 +108,12 @@ class _Run:
                 self._save()
                 return stopped_by
             top1 = self._evaluate() if self._evaluation_due(end) else None
+            self._account(batches)
             self.progress.closed = end
             self._save(top1)
         return 0
 
-    def _steps(self, batches: Iterator[Batch], end: int) -> int:
+    def _steps(self, batches: TrainingBatches, end: int) -> int:
         """Step until `end`; returns the signal that all ranks agreed to stop for before that, 0 for none."""
         for record in train_steps(self.learner, batches, range(self.progress.step, end)):
             self.progress.step = record.step + 1
@@ -142,6 +142,22 @@ class _Run:
         value = totals[0] if self.learner.scaler.is_enabled() else totals[0] + norms
         demand_finite(value, due.step - int(steps / self.here.size), due.step - 1)
         self.reporter.train(due.step, averages(totals), due.lr, norms / steps)
+
+    def _account(self, batches: TrainingBatches) -> None:
+        """Put together what the ranks could not decode, tell it, and stop if it is too much."""
+        for kind, salvage in (
+            ("training", batches.salvage),
+            ("evaluation", self.evaluation and self.evaluation.salvage),
+        ):
+            if salvage is None:
+                continue
+            ranks = self.here.gather((salvage.bad, len(salvage.converted)))
+            bad = {row: reason for found, _ in ranks for row, reason in found.items()}
+            converted = sum(number for _, number in ranks)
+            if bad or converted:
+                self.reporter.left_out(kind, [bad[row] for row in sorted(bad)], converted)
+            if kind == "training":
+                salvage.learn(bad)
 
     # Evaluating and saving.
 

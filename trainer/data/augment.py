@@ -15,6 +15,7 @@ from trainer.data.philox import uniforms
 
 ATTEMPTS = 10  # as torchvision's RandomResizedCrop; then the centre crop
 _DRAWS = 2 * ATTEMPTS + 3  # areas, ratios; x, y, flip
+Keys = tuple[np.ndarray, np.ndarray, np.ndarray]  # epochs, rows and repeats of n samples, integers (n,)
 
 
 @dataclass(frozen=True)
@@ -29,17 +30,23 @@ class Windows:
 
 
 def training_windows(
-    options: Augment, size: int, draws: np.ndarray, widths: np.ndarray, heights: np.ndarray
+    options: Augment, size: int, seed: int, keys: Keys, sizes: tuple[np.ndarray, np.ndarray]
 ) -> Windows:
     """The training crops of n images.
 
     Args:
         size: side of the crop that reaches the network, in pixels.
-        draws: from `training_draws`, (n, 23) in [0, 1).
-        widths, heights: of the stored images, in pixels, (n,).
+        keys: what tells one draw from another.
+        sizes: widths and heights of the stored images, in pixels, each (n,).
     """
+    epochs, rows, repeats = keys
+    widths, heights = sizes
+    draws = uniforms(seed, epochs, rows, _DRAWS, repeats)
     u_x, u_y, u_flip = draws[:, -3], draws[:, -2], draws[:, -1]
     flip = u_flip < options.flip
+    if options.alternate_flip:
+        at_first = uniforms(seed, np.zeros_like(epochs), rows, _DRAWS, repeats)[:, -1]
+        flip = (at_first < options.flip) ^ (epochs % 2 == 1)
     if options.crop == "resized":
         width, height, central = _resized(options, draws, widths, heights)
         # torchvision's fallback, when no attempt fits, is the centre crop and not a random one.
@@ -55,11 +62,6 @@ def training_windows(
         else:
             x, y = _middle(room_x), _middle(room_y)
     return Windows(*(np.asarray(v, np.int32) for v in (x, y, width, height)), flip)
-
-
-def training_draws(seed: int, epochs: np.ndarray, rows: np.ndarray, repeats: int | np.ndarray = 0) -> np.ndarray:
-    """The random numbers that `training_windows` uses: float64 (n, 23)."""
-    return uniforms(seed, epochs, rows, _DRAWS, repeats)
 
 
 def _resized(options: Augment, draws: np.ndarray, widths: np.ndarray, heights: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -29,13 +29,13 @@ class Graph:
 
     Modes, and what `source()` must return (lists and arrays of one entry an image; files are uint8 arrays, each the
     path of a file or, where `encoded`, its bytes):
-        "resized": files, labels, flips, window starts (y, x), window shapes (h, w); resizes them to size x size
-        "padded":  files, labels, flips, window starts; cuts size x size, black outside the image
-        "center":  files, labels, flips, window starts, shapes of the whole image after its resize
+        "resized": files, labels, flips, window starts (y, x), sides, window shapes (h, w); resizes them to the sides
+        "padded":  files, labels, flips, window starts, sides; cuts them out, black outside the image
+        "center":  files, labels, flips, window starts, sides, shapes of the whole image after its resize
+    The sides (h, w) of the images that come out are equal within a batch, and may change from one to the next.
     """
 
     mode: str
-    size: int
     max_batch: int
     threads: int
     prefetch: int
@@ -50,7 +50,7 @@ class Graph:
 
 def build(graph: Graph, source: Callable[[], Feed]) -> Pipeline:
     """A built pipeline that calls `source` for each batch, ahead of need; its outputs are (images NHWC, labels)."""
-    count = {"resized": 5, "padded": 4, "center": 5}[graph.mode]
+    count = {"resized": 6, "padded": 5, "center": 6}[graph.mode]
 
     @pipeline_def(  # and no `with pipeline`: only here does DALI turn `if` into a choice for each sample
         batch_size=graph.max_batch,
@@ -61,11 +61,11 @@ def build(graph: Graph, source: Callable[[], Feed]) -> Pipeline:
     )
     def define():
         outputs = count + graph.steps.inputs
-        files, labels, flips, starts, *rest = fn.external_source(source=source, num_outputs=outputs)
-        images = _cut(graph, files if graph.encoded else fn.io.file.read(files), starts, rest)
+        files, labels, flips, starts, sides, *rest = fn.external_source(source=source, num_outputs=outputs)
+        images = _cut(graph, files if graph.encoded else fn.io.file.read(files), starts, sides, rest)
         if graph.device_id is not None:
             images, labels = images.gpu(), labels.gpu()
-        inputs = rest[count - 4 :]
+        inputs = rest[count - 5 :]
         images = fn.crop_mirror_normalize(
             ops.apply(images, graph.steps, inputs),
             mirror=flips,
@@ -81,7 +81,7 @@ def build(graph: Graph, source: Callable[[], Feed]) -> Pipeline:
     return pipeline
 
 
-def _cut(graph: Graph, data, starts, rest):
+def _cut(graph: Graph, data, starts, sides, rest):
     options = {
         "device": "mixed" if graph.decode_on_gpu else "cpu",
         "output_type": types.RGB,
@@ -89,11 +89,11 @@ def _cut(graph: Graph, data, starts, rest):
     }
     if graph.mode == "resized":
         images = fn.decoders.image_slice(data, starts, rest[0], axes=[0, 1], **options)
-        return fn.resize(images, resize_y=graph.size, resize_x=graph.size, interp_type=types.INTERP_TRIANGULAR)
+        return fn.resize(images, size=sides, interp_type=types.INTERP_TRIANGULAR)
     images = fn.decoders.image(data, **options)
     if graph.mode == "center":
         images = fn.resize(images, size=rest[0], interp_type=types.INTERP_TRIANGULAR)
-    return fn.slice(images, starts, [graph.size, graph.size], axes=[0, 1], out_of_bounds_policy="pad", fill_values=0)
+    return fn.slice(images, starts, sides, axes=[0, 1], out_of_bounds_policy="pad", fill_values=0)
 
 
 def run(pipeline: Pipeline) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,16 +111,37 @@ def reset(pipeline: Pipeline) -> None:
     pipeline.reset()
 
 
-def decodes(data: np.ndarray, graph: Graph) -> bool:
-    """Whether DALI can decode this one file's bytes, uint8 (size,), as the graph would."""
-    pipeline = Pipeline(batch_size=1, num_threads=1, device_id=graph.device_id, prefetch_queue_depth=1)
+def refused(files: list[np.ndarray], graph: Graph) -> list[int]:
+    """Which of these files, as `graph` is given them, DALI cannot decode: their places in the list."""
+    waiting: list[np.ndarray] = []
+    found = []
+    pipeline = None
+    for number, file in enumerate(files):
+        pipeline = pipeline or _probe(graph, waiting)
+        waiting.append(file)
+        try:
+            pipeline.run()
+        except RuntimeError:
+            found.append(number)
+            waiting.clear()
+            pipeline = None  # one that has failed may not go on
+    return found
+
+
+def _probe(graph: Graph, waiting: list[np.ndarray]) -> Pipeline:
+    """A pipeline that decodes one file of `waiting` at a time."""
+    pipeline = Pipeline(
+        batch_size=1,
+        num_threads=1,
+        device_id=graph.device_id,
+        prefetch_queue_depth=1,
+        exec_async=False,
+        exec_pipelined=False,
+    )
     with pipeline:
-        encoded = fn.external_source(source=lambda: [data])
+        data = fn.external_source(source=lambda: [waiting.pop()])
+        data = data if graph.encoded else fn.io.file.read(data)
         device = "mixed" if graph.decode_on_gpu else "cpu"
-        pipeline.set_outputs(fn.decoders.image(encoded, device=device, output_type=types.RGB, adjust_orientation=False))
-    try:
-        pipeline.build()
-        pipeline.run()
-    except RuntimeError:
-        return False
-    return True
+        pipeline.set_outputs(fn.decoders.image(data, device=device, output_type=types.RGB, adjust_orientation=False))
+    pipeline.build()
+    return pipeline

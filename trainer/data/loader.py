@@ -6,33 +6,24 @@ What a batch holds is a function of (seed, position) alone, so resuming costs no
 
 from __future__ import annotations
 
-import os
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from trainer.config import Augment, Config, Data
-from trainer.data import policies
-from trainer.data.augment import evaluation_windows, training_draws, training_windows
+from trainer.config import Config
+from trainer.data.feeds import Batch as Batch
+from trainer.data.feeds import EvaluationFeed, TrainingFeed
 from trainer.data.index import check_same_classes, open_split
-from trainer.data.order import Order
 from trainer.data.prepare.pace import pace
+from trainer.data.salvage import Salvage
 from trainer.data.stage import stage
 from trainer.data.table import DataError, Index
 from trainer.distributed import World
 from trainer.plan import Plan
 
 VALIDATION_NAMES = ("val", "validation", "test")
-Batch = tuple[torch.Tensor, torch.Tensor]  # images (n, 3, size, size) in channels-last memory, labels int64 (n,)
-
-
-class UndecodableError(DataError):
-    """An image that cannot be decoded, met in mid-run by one rank."""
-
-    everywhere = False
 
 
 @dataclass(frozen=True)
@@ -80,22 +71,23 @@ def open_validation(config: Config, world: World) -> Index:
     return world.first_on_node(lambda: open_split(config.data.root, names))
 
 
-def training_batches(config: Config, data: DataSet, plan: Plan, world: World, first_step: int) -> Iterator[Batch]:
+class TrainingBatches:
     """This rank's forward batches (`plan.accumulation` of them a step), endless, beginning with step `first_step`."""
-    if data.train is None:
-        return _synthetic(config, plan, world)
-    order = Order(config.seed, plan.samples)
-    share = plan.batch * plan.accumulation
 
-    def chunks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        first = first_step * plan.global_batch + world.rank * share
-        while True:
-            for start in range(first, first + share, plan.batch):
-                yield order.at(start, plan.batch)
-            first += plan.global_batch
+    def __init__(self, config: Config, data: DataSet, plan: Plan, world: World, first_step: int) -> None:
+        self.salvage: Salvage | None = None  # None: synthetic
+        if data.train is None:
+            self._batches = _synthetic(config, plan, world)
+            return
+        self.salvage = Salvage(config.data, data.train)
+        feed = TrainingFeed(config, data.train, plan, self.salvage, world.rank, first_step)
+        self._batches = _decoder(config, world, feed, plan.batch, self.salvage).batches()
 
-    feed = _TrainingFeed(config, data.train, chunks())
-    return _Decoder(config, world, feed, plan.batch).batches()
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
 
 
 class EvaluationBatches:
@@ -103,140 +95,31 @@ class EvaluationBatches:
 
     def __init__(self, config: Config, index: Index, world: World, batch: int) -> None:
         self._config, self._index, self._world, self._batch = config, index, world, batch
-        self._decoder: _Decoder | None = None
+        self.salvage = Salvage(config.data, index)
+        self._decoder = None
 
     def __len__(self) -> int:
         """Images in the whole set, over all ranks."""
         return len(self._index)
 
+    @property
+    def left_out(self) -> int:
+        """Images of this rank's share that cannot be decoded and are not among the batches."""
+        return len(self.salvage.bad)
+
     def __iter__(self) -> Iterator[Batch]:
         n, world = len(self._index), self._world
         rows = np.arange(n * world.rank // world.size, n * (world.rank + 1) // world.size)
-        feed = _EvaluationFeed(self._config.data, self._index, rows, self._batch)
+        feed = EvaluationFeed(self._config.data, self._index, self.salvage, rows, self._batch)
         if self._decoder is None:
-            self._decoder = _Decoder(self._config, world, feed, self._batch)
+            self._decoder = _decoder(self._config, world, feed, self._batch, self.salvage)
         return self._decoder.batches(feed)
 
 
-class _TrainingFeed:
-    """What DALI is to decode next, for training."""
+def _decoder(config: Config, world: World, feed: TrainingFeed | EvaluationFeed, batch: int, salvage: Salvage):
+    from trainer.data.decoder import Decoder  # the only place that needs DALI: synthetic data work without it
 
-    def __init__(self, config: Config, index: Index, chunks: Iterator[tuple[np.ndarray, np.ndarray]]) -> None:
-        self.mode = "resized" if config.augment.crop == "resized" else "padded"
-        self.size = config.data.image_size
-        self.index = index
-        self._augment: Augment = config.augment
-        self._seed, self._chunks = config.seed, chunks
-        from trainer.data import ops  # as below: without DALI, synthetic data still works
-
-        self._ops, self.steps = ops, ops.steps(config.augment)
-
-    def next(self) -> tuple[np.ndarray, tuple]:
-        """(rows, what the graph's mode asks for); StopIteration at the end."""
-        epochs, rows = next(self._chunks)
-        draws = training_draws(self._seed, epochs, rows)
-        windows = training_windows(self._augment, self.size, draws, self.index.widths[rows], self.index.heights[rows])
-        fed = (windows.flip.astype(np.int32), np.stack([windows.y, windows.x], axis=1))
-        if self.mode == "resized":
-            fed = (*fed, np.stack([windows.height, windows.width], axis=1))
-        if self.steps.inputs:
-            recipes = policies.draw(self._augment, self.size, self._seed, epochs, rows)
-            fed = (*fed, *self._ops.feed(self.steps, recipes, windows.flip, self.size))
-        return rows, fed
-
-
-class _EvaluationFeed:
-    """What DALI is to decode next, for evaluation: rows in order, the last batch shorter."""
-
-    mode = "center"
-
-    def __init__(self, data: Data, index: Index, rows: np.ndarray, batch: int) -> None:
-        self.size, self.index = data.crop_size, index
-        self._short_side = data.short_side
-        self._chunks = (rows[i : i + batch] for i in range(0, len(rows), batch))
-
-    def next(self) -> tuple[np.ndarray, tuple]:
-        rows = next(self._chunks)
-        width, height, windows = evaluation_windows(
-            self._short_side, self.size, self.index.widths[rows], self.index.heights[rows]
-        )
-        starts = np.stack([windows.y, windows.x], axis=1)
-        return rows, (windows.flip.astype(np.int32), starts, np.stack([height, width], axis=1).astype(np.float32))
-
-
-class _Decoder:
-    """A DALI pipeline and the feed it is on."""
-
-    def __init__(self, config: Config, world: World, feed: _TrainingFeed | _EvaluationFeed, batch: int) -> None:
-        from trainer.data import dali  # the only place that needs it: synthetic data and tests run without
-
-        self._dali = dali
-        data = config.data
-        on_gpu = world.device.type == "cuda"
-        if data.decoder == "gpu" and not on_gpu:
-            raise DataError("data.decoder=gpu needs a GPU to train on: use data.decoder=auto, or device=cuda")
-        self._feed = feed
-        self._graph = dali.Graph(
-            mode=feed.mode,
-            size=feed.size,
-            max_batch=batch,
-            threads=data.threads or min(world.cores, 8),
-            prefetch=data.prefetch,
-            mean=tuple(data.mean),
-            std=tuple(data.std),
-            device_id=world.device.index if on_gpu else None,
-            decode_on_gpu=on_gpu and data.decoder != "cpu",
-            half=on_gpu and config.precision.amp != "fp32",
-            encoded=bool(feed.index.shard_files),
-            **({"steps": feed.steps} if isinstance(feed, _TrainingFeed) else {}),
-        )
-        self._ahead: deque[np.ndarray] = deque()  # rows that DALI has and we have not, to name a bad file
-        self._pipeline = dali.build(self._graph, self._source)
-
-    def batches(self, feed: _TrainingFeed | _EvaluationFeed | None = None) -> Iterator[Batch]:
-        """Decode until the feed ends, then make ready for the next one."""
-        self._feed = feed or self._feed
-        while True:
-            try:
-                batch = self._dali.run(self._pipeline)
-            except StopIteration:
-                self._dali.reset(self._pipeline)
-                return
-            except RuntimeError as error:
-                raise self._blame(error) from error
-            self._ahead.popleft()
-            yield batch
-
-    def _source(self) -> tuple:
-        rows, fed = self._feed.next()
-        self._ahead.append(rows)
-        index = self._feed.index
-        if index.shard_files:
-            files = index.encoded(rows)
-        else:
-            files = [np.frombuffer(os.fsencode(path), np.uint8) for path in index.paths(rows)]
-        return files, index.labels[rows].astype(np.int64), *fed
-
-    def _blame(self, error: RuntimeError) -> Exception:
-        """The error that names the file. DALI says only which sample of some batch in flight it was."""
-        index = self._feed.index
-        for row in np.concatenate(list(self._ahead) or [np.empty(0, np.int64)]):
-            reason = self._why_undecodable(row)
-            if reason:
-                place = f"{index.path(row)} (row {row}, class {index.classes[index.labels[row]]})"
-                return UndecodableError(f"{place} {reason}: put a sound copy in its place, then run again")
-        return error
-
-    def _why_undecodable(self, row: int) -> str:
-        """Why DALI cannot decode this row, in words that follow its name; empty if it can."""
-        index = self._feed.index
-        try:
-            data = index.encoded(np.array([row]))[0] if index.shard_files else np.fromfile(index.path(row), np.uint8)
-        except OSError as error:
-            return f"cannot be read ({error.strerror})"
-        if not len(data):
-            return "is empty"
-        return "" if self._dali.decodes(data, self._graph) else "cannot be decoded: it is damaged or not an image"
+    return Decoder(config, world, feed, batch, salvage)
 
 
 def _synthetic(config: Config, plan: Plan, world: World) -> Iterator[Batch]:

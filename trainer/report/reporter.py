@@ -28,6 +28,9 @@ class Silent:
 
     def evaluation(self, step: int, averages: Averages, seconds: float) -> None: ...
 
+    def left_out(self, kind: str, reasons: list[str], converted: int) -> None:
+        """So far these training or evaluation images were skipped, and Pillow had to decode `converted` others."""
+
     def pause(self) -> None:
         """Something other than a step took place: it does not count as training time."""
 
@@ -65,6 +68,14 @@ class Reporter(Silent):
     def evaluation(self, step: int, averages: Averages, seconds: float) -> None:
         record = self._record("eval", step, averages, count=averages.count, seconds=round(seconds, 3))
         self._console.evaluation(record)
+
+    def left_out(self, kind: str, reasons: list[str], converted: int) -> None:
+        self._folder.write(f"skipped_{kind}.json", {"skipped": reasons, "decoded_by_pillow": converted})
+        if reasons:
+            more = f" and {len(reasons) - 1} more" if len(reasons) > 1 else ""
+            self.say(f"warning: {len(reasons)} {kind} images are skipped so far: {reasons[0]}{more}")
+        if converted:
+            self.say(f"warning: {converted} {kind} images that DALI refuses are decoded by Pillow so far")
 
     def pause(self) -> None:
         self._watch.skip()

@@ -1,0 +1,107 @@
+"""DALI on a feed: chunks to batches, ahead of need, and on after an image that cannot be decoded."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator
+
+import numpy as np
+
+from trainer.config import Config
+from trainer.data import dali, ops
+from trainer.data.feeds import Batch, Chunk, Feed
+from trainer.data.salvage import Salvage
+from trainer.data.table import DataError
+from trainer.distributed import World
+
+
+class Decoder:
+    """A DALI pipeline and the feed it is on."""
+
+    def __init__(self, config: Config, world: World, feed: Feed, batch: int, salvage: Salvage) -> None:
+        data = config.data
+        on_gpu = world.device.type == "cuda"
+        if data.decoder == "gpu" and not on_gpu:
+            raise DataError("data.decoder=gpu needs a GPU to train on: use data.decoder=auto, or device=cuda")
+        self._feed, self._salvage = feed, salvage
+        self._graph = dali.Graph(
+            mode=feed.mode,
+            max_batch=batch,
+            threads=data.threads or min(world.cores, 8),
+            prefetch=data.prefetch,
+            mean=tuple(data.mean),
+            std=tuple(data.std),
+            device_id=world.device.index if on_gpu else None,
+            decode_on_gpu=on_gpu and data.decoder != "cpu",
+            half=on_gpu and config.precision.amp != "fp32",
+            encoded=bool(feed.index.shard_files),
+            steps=ops.steps(feed.augment) if feed.augment is not None else ops.Steps(),
+        )
+        self._next = 0  # the feed's chunk that DALI asks for next
+        self._ahead: deque[int] = deque()  # chunks that DALI has and we have not
+        self._pipeline = dali.build(self._graph, self._source)
+
+    def batches(self, feed: Feed | None = None) -> Iterator[Batch]:
+        """Decode until the feed ends, then make ready for the next one."""
+        self._feed = feed or self._feed
+        while True:
+            try:
+                batch = dali.run(self._pipeline)
+            except StopIteration:
+                dali.reset(self._pipeline)
+                self._next = 0
+                return
+            except RuntimeError as error:
+                self._recover(error)
+                continue
+            self._ahead.popleft()
+            yield batch
+
+    def _source(self) -> tuple:
+        """The next chunk in the form that the graph takes; see dali.Graph."""
+        while True:
+            chunk = self._feed.chunk(self._next)
+            self._next += 1
+            if len(chunk.rows):
+                break
+        self._ahead.append(self._next - 1)
+        labels = self._feed.index.labels[chunk.rows].astype(np.int64)
+        return self._files(chunk.rows), labels, *self._arguments(chunk)
+
+    def _files(self, rows: np.ndarray) -> list[np.ndarray]:
+        """For each row its file's bytes or, where the graph reads files itself, those of its path."""
+        index, converted = self._feed.index, self._salvage.converted
+        if index.shard_files:
+            files = index.encoded(rows)
+        else:
+            files = [np.frombuffer(os.fsencode(path), np.uint8) for path in index.paths(rows)]
+        return [converted.get(row, file) for row, file in zip(rows.tolist(), files)] if converted else files
+
+    def _arguments(self, chunk: Chunk) -> tuple[np.ndarray, ...]:
+        windows, steps = chunk.windows, self._graph.steps
+        sides = np.full((len(chunk.rows), 2), chunk.size, np.float32 if self._graph.mode == "resized" else np.int32)
+        fed = (windows.flip.astype(np.int32), np.stack([windows.y, windows.x], axis=1), sides)
+        if self._graph.mode == "resized":
+            fed = (*fed, np.stack([windows.height, windows.width], axis=1))
+        elif chunk.shapes is not None:
+            fed = (*fed, chunk.shapes.astype(np.float32))
+        if steps.inputs:
+            fed = (*fed, *ops.feed(steps, chunk.recipes, windows.flip, chunk.size))
+        return fed
+
+    def _recover(self, error: RuntimeError) -> None:
+        """Deal with what DALI stumbled over and go back to it in a new pipeline: a failed one may not go on.
+
+        Raises what `Salvage.take` raises, and `error` itself where every image in flight can be decoded.
+        """
+        rows = np.concatenate([np.empty(0, np.int64), *(self._feed.chunk(number).rows for number in self._ahead)])
+        refused = dali.refused(self._files(rows), self._graph)
+        if not refused:
+            self._salvage.demand_unchanged(rows)
+            raise error
+        for number in refused:
+            self._salvage.take(int(rows[number]))
+        self._next = self._ahead[0]
+        self._ahead.clear()
+        self._pipeline = dali.build(self._graph, self._source)
