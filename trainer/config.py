@@ -32,7 +32,7 @@ class Data:
     size_step: int = 32  # sides between the two are multiples of this
     eval_size: int | None = None  # side of the evaluation crop; None: image_size
     eval_resize: int | None = None  # short side before the evaluation crop; None: eval_size * 256 / 224; 0: no resize
-    threads: int | None = None  # that decode, of a rank (torchvision: processes); None: its share of the node's cores, at most 8
+    threads: int | None = None  # of a rank, to decode (torchvision: processes); None: its share of the cores, at most 8
     prefetch: int = 2  # batches decoded ahead
     on_error: str = "stop"  # stop | skip: what an image that cannot be decoded does, met in mid-run
     max_skipped: float = 0.001  # share of the images that may be skipped before the run stops

@@ -7,10 +7,11 @@ from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 
 from trainer.config import Config
 from trainer.data import dali, ops
-from trainer.data.feeds import Batch, Chunk, Feed
+from trainer.data.feeds import Batch, Chunk, Feed, pixel_dtype
 from trainer.data.salvage import Salvage
 from trainer.data.table import DataError
 from trainer.distributed import World
@@ -34,7 +35,7 @@ class Decoder:
             std=tuple(data.std),
             device_id=world.device.index if on_gpu else None,
             decode_on_gpu=on_gpu and data.decoder != "cpu",
-            half=on_gpu and config.precision.amp != "fp32",
+            half=pixel_dtype(config, world.device) == torch.float16,
             encoded=bool(feed.index.shard_files),
             steps=ops.steps(feed.augment) if feed.augment is not None else ops.Steps(),
         )

@@ -23,6 +23,11 @@ from trainer.plan import Plan
 Batch = tuple[torch.Tensor, torch.Tensor]  # images (n, 3, size, size) in channels-last memory, labels int64 (n,)
 
 
+def pixel_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """Of the images in a batch: what is converted to half precision anyway comes as it."""
+    return torch.float16 if device.type == "cuda" and config.precision.amp != "fp32" else torch.float32
+
+
 @dataclass(frozen=True)
 class Chunk:
     """One forward batch of n images."""

@@ -14,7 +14,7 @@ import torch
 
 from trainer.config import Config
 from trainer.data.feeds import Batch as Batch
-from trainer.data.feeds import EvaluationFeed, TrainingFeed
+from trainer.data.feeds import EvaluationFeed, TrainingFeed, pixel_dtype
 from trainer.data.index import check_same_classes, open_split
 from trainer.data.prepare.pace import pace
 from trainer.data.salvage import Salvage
@@ -46,6 +46,7 @@ def open_data(config: Config, world: World, progress: Callable[[int, int], None]
     if data.source == "synthetic":
         names = tuple(f"class{i}" for i in range(data.synthetic_classes))
         return DataSet(None, None, data.synthetic_samples, names, "synthetic")
+    _decoder_type(data.source)  # so that what is missing shows before the hours that reading headers and copying take
 
     def scan() -> tuple[Index, Index | None]:
         train = open_split(data.root, (data.train,), progress)
@@ -66,7 +67,7 @@ def open_validation(config: Config, world: World) -> Index:
     """The evaluation images alone; DataError if they are not sound."""
     if config.data.source == "synthetic":
         raise DataError("data.source=synthetic has nothing to evaluate: use data.source=dali")
-
+    _decoder_type(config.data.source)
     names = (config.data.val,) if config.data.val else VALIDATION_NAMES
     return world.first_on_node(lambda: open_split(config.data.root, names))
 
@@ -117,18 +118,31 @@ class EvaluationBatches:
 
 
 def _decoder(config: Config, world: World, feed: TrainingFeed | EvaluationFeed, batch: int, salvage: Salvage):
-    from trainer.data.decoder import Decoder  # the only place that needs DALI: synthetic data work without it
+    return _decoder_type(config.data.source)(config, world, feed, batch, salvage)
 
-    return Decoder(config, world, feed, batch, salvage)
+
+def _decoder_type(source: str) -> type:
+    """The decoder of a source, imported where it is wanted; DataError where DALI is and cannot be."""
+    if source == "torchvision":
+        from trainer.data.pil import Decoder
+
+        return Decoder
+    try:
+        from trainer.data.decoder import Decoder
+    except ImportError as error:
+        raise DataError(
+            f"data.source=dali needs NVIDIA DALI, which cannot be imported here ({error}): "
+            "install nvidia-dali-cuda130, or use data.source=torchvision"
+        ) from error
+    return Decoder
 
 
 def _synthetic(config: Config, plan: Plan, world: World) -> Iterator[Batch]:
     """The same random batch for ever, already on the device: what is left is the speed of the training step."""
     size = config.data.image_size
     generator = torch.Generator().manual_seed(config.seed + world.rank)
-    half = world.device.type == "cuda" and config.precision.amp != "fp32"
     images = torch.randn(plan.batch, 3, size, size, generator=generator, dtype=torch.float32)
-    images = images.to(world.device, torch.float16 if half else torch.float32, memory_format=torch.channels_last)
+    images = images.to(world.device, pixel_dtype(config, world.device), memory_format=torch.channels_last)
     labels = torch.randint(config.data.synthetic_classes, (plan.batch,), generator=generator).to(world.device)
     while True:
         yield images, labels

@@ -11,11 +11,13 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from multiprocessing import resource_tracker
 from typing import TypeVar
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def run_jobs(work: Callable[[Job], Result], jobs: Iterable[Job], workers: int | None = None) -> Iterator[Result]:
@@ -29,22 +31,58 @@ def run_jobs(work: Callable[[Job], Result], jobs: Iterable[Job], workers: int | 
     if workers == 1:
         yield from map(work, jobs)
         return
-    context = multiprocessing.get_context("spawn")  # not forked: the caller may have threads
-    pending = deque()
-    with ProcessPoolExecutor(workers, context, _follow) as pool:
-        try:
-            for job in jobs:
-                pending.append(pool.submit(work, job))
-                if len(pending) == 2 * workers:
-                    yield pending.popleft().result()
-            while pending:
+    with worker_pool(workers) as pool:
+        yield from in_order(pool, work, jobs, 2 * workers)
+
+
+def worker_pool(
+    workers: int, preload: str | None = None, initializer: Callable[[], None] | None = None
+) -> ProcessPoolExecutor:
+    """Processes for `in_order`, which ignore the signals that stop the parent and end with it, however it ends.
+
+    Args:
+        preload: a module that takes seconds to import: once for all workers, in a process that they are forked from.
+        initializer: called in each worker before its first job.
+    """
+    # Never forked from this process: it may have threads, and a GPU.
+    context = multiprocessing.get_context("forkserver" if preload else "spawn")
+    if preload:
+        context.set_forkserver_preload([preload])
+    return ProcessPoolExecutor(workers, context, _follow, (initializer,))
+
+
+def in_order(
+    pool: ProcessPoolExecutor, work: Callable[[Job], Result], jobs: Iterable[Job], ahead: int
+) -> Iterator[Result]:
+    """work(job) of each job, in order; `ahead` of them at most are under way or wait to be taken."""
+    pending: deque[Future] = deque()
+    try:
+        for job in jobs:
+            pending.append(_submit(pool, work, job))
+            if len(pending) == ahead:
                 yield pending.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        wait([future for future in pending if not future.cancel()])
 
 
-def _follow() -> None:
-    """In a worker: leave Ctrl-C to the parent, which then ends the pool; end with the parent where that is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _submit(pool: ProcessPoolExecutor, work: Callable[[Job], Result], job: Job) -> Future:
+    """pool.submit, which may start a process: with the signals held back, so that it never hears them.
+
+    A worker that a signal to the whole job ended would take the parent with it, before its save.
+    """
+    resource_tracker.ensure_running()  # or starting it would let them in again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        return pool.submit(work, job)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _follow(initializer: Callable[[], None] | None) -> None:
+    """In a worker: end with the parent where that is killed."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    if initializer is not None:
+        initializer()
