@@ -56,7 +56,8 @@ def open_data(config: Config, world: World, progress: Callable[[int, int], None]
             check_same_classes(train, val)
         if data.stage_to is not None:
             wanted = [index for index in (train, val) if index is not None]
-            train, val, *_ = *stage(wanted, data.stage_to, data.stage_reserve_gb * 1e9, progress and pace()), None
+            train, *rest = stage(wanted, data.stage_to, data.stage_reserve_gb * 1e9, progress and pace())
+            val = rest[0] if rest else None
         return train, val
 
     train, val = world.first_on_node(scan)
@@ -66,7 +67,7 @@ def open_data(config: Config, world: World, progress: Callable[[int, int], None]
 def open_validation(config: Config, world: World) -> Index:
     """The evaluation images alone; DataError if they are not sound."""
     if config.data.source == "synthetic":
-        raise DataError("data.source=synthetic has nothing to evaluate: use data.source=dali")
+        raise DataError("data.source=synthetic has nothing to evaluate: use data.source=dali or torchvision")
     _decoder_type(config.data.source)
     names = (config.data.val,) if config.data.val else VALIDATION_NAMES
     return world.first_on_node(lambda: open_split(config.data.root, names))

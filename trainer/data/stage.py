@@ -84,10 +84,13 @@ class _Copy:
     def make(self, missing: np.ndarray, reserve: float, progress: Progress | None) -> None:
         """Copy what is missing; where there is no room for it, leave nothing."""
         checks = _checksums(self.index)
-        for name in {os.path.dirname(self.names[number]) for number in missing}:
-            (self.home / name).mkdir(parents=True, exist_ok=True)
-        for left in self.home.rglob(".*.part"):  # by a run that was killed
-            left.unlink()
+        try:
+            for name in {os.path.dirname(self.names[number]) for number in missing}:
+                (self.home / name).mkdir(parents=True, exist_ok=True)
+            for left in self.home.rglob(".*.part"):  # by a run that was killed
+                left.unlink()
+        except OSError as error:
+            raise _unwritable(self.home, error) from None
         step = 1 if self.index.shard_files else _PART
         parts = [missing[at : at + step] for at in range(0, len(missing), step)]
         total, done = int(self.sizes.sum()), int(self.sizes.sum() - self.sizes[missing].sum())
@@ -128,7 +131,7 @@ class _Copy:
                         digest.update(chunk)
                     copied += file.write(chunk)
                 if size >= _CHUNK:
-                    os.fsync(file.fileno())  # not for small ones, for which it takes longer than the copying
+                    os.fsync(file.fileno())  # not for each of a million small ones
             if copied != size:
                 raise DataError(
                     f"{source} has {copied:,} bytes, not {size:,} as when the set was indexed: wait until nothing "
@@ -140,7 +143,7 @@ class _Copy:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise _Full from None
-            raise DataError(f"data.stage_to: {target} cannot be written ({error.strerror}): correct that") from None
+            raise _unwritable(target, error) from None
         finally:
             aside.unlink(missing_ok=True)
 
@@ -192,7 +195,7 @@ def _locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / _LOCK, os.O_RDONLY | os.O_CREAT, 0o644)  # another user's does as well
     except OSError as error:
-        raise DataError(f"data.stage_to={folder} cannot be written ({error.strerror}): choose another") from None
+        raise _unwritable(folder, error) from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -211,6 +214,10 @@ def _chunks(path: Path) -> Iterator[bytes]:
                 yield chunk
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): correct that, then run again") from None
+
+
+def _unwritable(path: Path, error: OSError) -> DataError:
+    return DataError(f"data.stage_to: {path} cannot be written ({error.strerror}): correct that, or choose another")
 
 
 def _size(path: Path) -> int:
