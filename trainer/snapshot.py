@@ -1,0 +1,78 @@
+"""A copy of nested state in host memory, taken at a step boundary so that training may go on while it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Place = Callable[[tuple[Any, ...], torch.Tensor], torch.Tensor]
+
+
+class Snapshot:
+    """Copies tensors into buffers that it keeps from one time to the next: fresh memory costs more than the copy.
+
+    The buffers of a GPU's tensors are pinned, and their copies only queued: `wait()` before reading.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._queued: torch.cuda.Event | None = None
+
+    def reserve(self, state: Any) -> None:
+        """Make the buffers for tensors like those of `state`, and touch their pages. Reads shapes, not values."""
+
+        def touch(path: tuple[Any, ...], tensor: torch.Tensor) -> torch.Tensor:
+            return self._buffer(path, tensor).zero_()
+
+        _walk(state, touch)
+
+    def take(self, state: Any) -> Any:
+        """`state` with every tensor copied: valid until the next `take`."""
+        on_device = False
+
+        def copy(path: tuple[Any, ...], tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal on_device
+            on_device = on_device or tensor.is_cuda
+            return self._buffer(path, tensor).copy_(tensor, non_blocking=True)
+
+        with torch.no_grad():
+            copied = _walk(state, copy)
+        if on_device:
+            self._queued = torch.cuda.Event()
+            self._queued.record()
+        return copied
+
+    def wait(self) -> None:
+        """Return when every queued copy is done; any thread may call it."""
+        if self._queued is not None:
+            self._queued.synchronize()
+
+    def _buffer(self, path: tuple[Any, ...], tensor: torch.Tensor) -> torch.Tensor:
+        buffer = self._buffers.get(path)
+        if (
+            buffer is None
+            or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype)
+            or buffer.is_pinned() != tensor.is_cuda
+        ):
+            # empty_like keeps channels-last: a checkpoint stores the strides too.
+            buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda, requires_grad=False)
+            self._buffers[path] = buffer
+        return buffer
+
+
+def owned(state: Any) -> Any:
+    """`state` with every tensor in memory of its own."""
+    return _walk(state, lambda path, tensor: tensor.clone())
+
+
+def _walk(tree: Any, place: Place, path: tuple[Any, ...] = ()) -> Any:
+    """`tree` of dictionaries, lists and tuples, each new, with what `place` makes of its tensors."""
+    if isinstance(tree, torch.Tensor):
+        return place(path, tree)
+    if isinstance(tree, dict):
+        return {key: _walk(value, place, (*path, key)) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)([_walk(value, place, (*path, number)) for number, value in enumerate(tree)])
+    return tree
