@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -48,7 +47,7 @@ class RunFolder:
             self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115 (held open for as long as the lock is)
             self.lease.take(locked=self._locked())
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            raise _unwritable(f"output_dir={self.path}", error) from error
 
     def _locked(self) -> bool:
         """Whether the kernel's lock is ours; False where this file system has none. ConfigError if it is another's."""
@@ -127,8 +126,8 @@ class RunFolder:
                 self._metrics = open(self.path / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115 (kept open)
             end = os.fstat(self._metrics.fileno()).st_size
             try:
-                if self._metrics.write(line) != len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                while line:  # a disk that is nearly full takes a part, and refuses the rest
+                    line = line[self._metrics.write(line) :]
             except OSError:
                 self._metrics.truncate(end)
                 raise
@@ -156,8 +155,8 @@ class RunFolder:
         self.write("metrics.jsonl", "".join(kept))
 
 
-def _unwritable(path: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"output_dir={path} cannot be written ({error.strerror}): make it writable or choose another")
+def _unwritable(what: str | Path, error: OSError) -> ConfigError:
+    return ConfigError(f"{what} cannot be written ({error.strerror}): make room or choose another output_dir")
 
 
 def provenance(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
