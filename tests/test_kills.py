@@ -26,7 +26,7 @@ from trainer import checkpoint
 pytestmark = pytest.mark.end_to_end
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["trainer.train", "torch._dynamo"])
-PATIENCE = 90.0  # seconds until a rank must have got somewhere, on a machine that is busy with other things
+PATIENCE = 150.0  # seconds until a rank must have got somewhere, on a machine that is busy with other things
 SAVES = ["checkpoint.every_steps=1", "report.log_every=1", "report.wandb=disabled", "loop.eval_every=0"]
 NET = ["model.name=resnet20", "model.drop_path_rate=0.2", "precision.amp=fp32", "optim.lr=0.01", "global_batch_size=8"]
 NET += ["data.source=synthetic", "data.synthetic_classes=4", "data.synthetic_samples=100", "data.image_size=16"]
@@ -187,13 +187,13 @@ def test_an_attempt_that_sleeps_through_its_takeover_writes_nothing_more(tmp_pat
 
 def test_without_room_to_save_the_run_goes_on_and_says_so_at_the_end(tmp_path: Path, start_up: float) -> None:
     options = ["loop.max_steps=4", "checkpoint.every_steps=2"]
-    with life(tmp_path, *options, room=1 << 20) as begun:
-        assert begun.end()[0] == 1
+    with life(tmp_path, *options, ranks=1, room=1 << 20) as begun:
+        assert begun.end() == [1]
     said = begun.log.read_text()
-    assert "warning: step 2 is not saved" in said and "warning: step 4 is not saved" in said, said
+    assert all(f"warning: step {n} is not saved (File too large)" in said for n in (2, 4)), said
     assert "error: step 4 is not saved, at the second try either" in said and "Traceback" not in said
     assert [r["step"] for r in metrics(tmp_path / "run", "train")] == [1, 2, 3, 4]
     assert summary(tmp_path / "run")["status"] == "failed" and not steps(tmp_path)
-    with life(tmp_path, *options) as begun:
-        assert begun.end() == [0, 0], begun.log.read_text()
+    with life(tmp_path, *options, ranks=1) as begun:
+        assert begun.end() == [0], begun.log.read_text()
     assert steps(tmp_path) == [2, 4]

@@ -74,7 +74,9 @@ def test_what_a_full_disk_refuses_is_said_and_tried_again_at_the_end(tmp_path: P
             assert checkpoint.newest_whole(tmp_path / "checkpoints").name == "000000001"
             assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["000000001"]
         ours.check()
-        assert len(said) == 2 and all(f"warning: step {n} is not saved" in line for n, line in zip((2, 3), said)), said
+        assert len(said) == 2 and all(
+            f"warning: step {n} is not saved (File too large)" in line for n, line in zip((2, 3), said)
+        ), said
         with pytest.raises(SaveError, match=r"step 3 is not saved, at the second try either"):
             ours.finish()
     finally:

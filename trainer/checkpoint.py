@@ -52,7 +52,7 @@ def always() -> None:
 def save(
     folder: Path, step: int, state: dict[str, Any], label: Label | None = None, permitted: Callable[[], None] = always
 ) -> Path:
-    """Write `state` as the checkpoint of `step`; OSError or RuntimeError if the disk will not have it.
+    """Write `state` as the checkpoint of `step`; OSError if the disk will not have it.
 
     Args:
         state: nested dictionaries and lists of tensors and plain values.
@@ -68,8 +68,7 @@ def save(
     aside.mkdir()
     try:
         with open(aside / "state.pt", "wb") as file:
-            written = _Written(file)
-            torch.save({"format": FORMAT, "step": step, **state}, written)
+            written = _write({"format": FORMAT, "step": step, **state}, file)
             _flush(file)
         manifest = {"format": FORMAT, "step": step, "top1": label.top1, "lasting": label.lasting}
         manifest |= {"size": written.size, "sha256": written.digest.hexdigest()}
@@ -82,6 +81,16 @@ def save(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return final
+
+
+def _write(state: dict[str, Any], file: IO[bytes]) -> _Written:
+    """Write `state` into `file`; OSError if the disk will not have it, where torch says "unexpected pos"."""
+    written = _Written(file)
+    try:
+        torch.save(state, written)
+    except RuntimeError as error:
+        raise written.refused or error from error
+    return written
 
 
 def _put(aside: Path, final: Path) -> None:
@@ -185,11 +194,16 @@ class _Written:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.digest, self.size = file, hashlib.sha256(), 0
+        self.refused: OSError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
         self.digest.update(data)
         self.size += len(data)
-        return self._file.write(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.refused = self.refused or error
+            raise
 
     def flush(self) -> None:
         self._file.flush()

@@ -72,7 +72,7 @@ class Saver(NoSaver):
         self._snapshot = Snapshot()
         self._thread: threading.Thread | None = None
         self._unsaved: _Task | None = None
-        self._failure: Exception | None = None  # the disk's: said, and training goes on
+        self._failure: OSError | None = None  # the disk's: said, and training goes on
         self._fatal: BaseException | None = None
         self._slow = self._reserved = False
 
@@ -153,11 +153,9 @@ class Saver(NoSaver):
             self._unsaved = None
             self._permitted()
             self._retention.prune()
-        except RunError:
-            raise
-        except (OSError, RuntimeError) as error:  # torch.save says a full disk as RuntimeError
+        except OSError as error:
             self._failure = error
 
 
-def _words(error: Exception | None) -> str:
-    return str(error).strip().split("\n")[0]
+def _words(error: OSError | None) -> str:
+    return getattr(error, "strerror", None) or str(error)
