@@ -2,9 +2,10 @@
 
     python benchmarks/checkpoint.py [FOLDER] [--rounds 9]
 
-Each round times an inline `torch.save` with fsync and then our save: how long the training thread is held up, and the
-CPU time of the thread that writes, checksums and syncs behind its back. The ratios are of medians of one run. Nothing
-trains meanwhile: what a save takes from training is counted as that CPU time, shared by all cores. A resume is the
+Each round times an inline `torch.save` with fsync and then our save: how long the training thread is held up (the call
+itself, and the wait before the next update of the weights, after a forward and backward pass of BATCH images), and the
+CPU time of the thread that copies, writes, checksums and syncs behind its back. The ratios are of medians of one run.
+What a save takes from training beside the stall is counted as that CPU time, shared by all cores. A resume is the
 lock, the checksum, the load into network and optimiser, against a bare `torch.load` of the same state. Prints one JSON
 object. FOLDER should lie on the disk that runs are kept on (default: a temporary folder).
 """
@@ -33,7 +34,7 @@ from trainer.report.folder import RunFolder
 from trainer.saver import Saver
 from trainer.state import RunState
 
-MINUTE = 60.0
+MINUTE, BATCH = 60.0, 4
 
 
 def trained() -> RunState:
@@ -74,20 +75,32 @@ def inline(state: dict, path: Path) -> None:
 
 def saving(run: RunState, folder: Path, rounds: int) -> dict[str, list[float]]:
     """Seconds by what they were spent on, one a round; the first save of a run is apart."""
-    state = run.state_dict(run.gather())
+    state, still = run.state_dict(run.gather()), run.still()
+    images = torch.randn(BATCH, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+
+    def stall(saver: Saver, step: int) -> float:
+        held = seconds(lambda: saver.save(step, state, still=still))
+        run.model(images).sum().backward()
+        return held + seconds(saver.settle)
+
+    def written(step: int) -> None:
+        saver.save(step, state, still=still)
+        saver.finish()
+
     saver = Saver(folder / "checkpoints", 2, checkpoint.always)
     cold = Saver(folder / "cold", 2, checkpoint.always)
     spent: dict[str, list[float]] = {"inline": [], "stall": [], "background_cpu": []}
-    spent["first_stall_unreserved"] = [seconds(lambda: cold.save(1, state))]
+    spent["first_stall_unreserved"] = [stall(cold, 1)]
     cold.finish()
     saver.reserve(run.bulk)
     saver.close()
-    spent["first_stall"] = [seconds(lambda: saver.save(1, state))]
+    spent["first_stall"] = [stall(saver, 1)]
     saver.finish()
     for step in range(2, rounds + 2):
         spent["inline"].append(seconds(lambda: inline(state, folder / "inline.pt")))
-        spent["stall"].append(seconds(lambda step=step: saver.save(step, state)))
-        spent["background_cpu"].append(seconds(saver.finish, time.process_time))
+        spent["stall"].append(stall(saver, step))
+        saver.finish()
+        spent["background_cpu"].append(seconds(lambda step=step: written(step), time.process_time))
     return spent
 
 

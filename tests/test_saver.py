@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import resource
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import here
 
 from trainer import checkpoint
 from trainer.report.lease import FolderLostError
@@ -106,6 +108,46 @@ def test_nothing_is_written_into_a_folder_that_another_process_took_over(tmp_pat
     for call in (ours.check, ours.finish, lambda: ours.save(3, state(3))):
         with pytest.raises(FolderLostError):
             call()
+
+
+def test_an_update_of_the_weights_waits_for_their_copy_and_nothing_else_does(tmp_path: Path, monkeypatch) -> None:
+    weights = torch.nn.Parameter(torch.ones(1000))
+    optimizer = torch.optim.SGD([weights], lr=1.0)
+    gate = Gate(Snapshot.complete)
+    monkeypatch.setattr(Snapshot, "complete", lambda snapshot: gate(snapshot))
+    ours, other = saver(tmp_path), torch.ones(1000)
+    ours.guard(optimizer)
+    ours.save(1, {"model": weights, "other": other}, still=frozenset({weights.data_ptr()}))
+    weights.grad = other.clone()
+    other.zero_()
+    threading.Timer(0.2, gate.opened.set).start()
+    assert not gate.opened.is_set()
+    optimizer.step()
+    assert gate.opened.is_set() and (weights == 0).all()
+    ours.finish()
+    assert (newest(tmp_path)["model"] == 1).all() and (newest(tmp_path)["other"] == 1).all()
+
+
+def test_a_slow_copy_changes_nothing_of_what_a_run_saves(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "empty.yaml").touch()
+    options = ["model.name=resnet20", "global_batch_size=4", "precision.amp=fp32", "optim.lr=0.01", "loop.max_steps=4"]
+    options += ["data.source=synthetic", "data.synthetic_classes=4", "data.synthetic_samples=100", "data.image_size=16"]
+    options += ["checkpoint.every_steps=1", "checkpoint.keep=9", "report.wandb=disabled", "loop.eval_every=0"]
+    complete = Snapshot.complete
+    for name, delay in (("fast", 0.0), ("slow", 0.3)):
+
+        def late(snapshot: Snapshot, delay: float = delay) -> None:
+            time.sleep(delay)
+            complete(snapshot)
+
+        monkeypatch.setattr(Snapshot, "complete", late)
+        done = here("train", tmp_path / "empty.yaml", f"output_dir={tmp_path / name}", *options)
+        assert done.status == 0, done.errors
+    for step in range(1, 5):
+        fast, slow = (checkpoint.load(tmp_path / name / "checkpoints" / f"{step:09d}") for name in ("fast", "slow"))
+        assert all(torch.equal(fast["model"][key], slow["model"][key]) for key in fast["model"]), step
+        moments = [state["optimizer"]["state"] for state in (fast, slow)]
+        assert all(torch.equal(moments[0][i]["momentum_buffer"], moments[1][i]["momentum_buffer"]) for i in moments[0])
 
 
 def test_a_mistake_of_ours_in_the_background_is_not_swallowed(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trainer import checkpoint
 from trainer.config import RunError
 from trainer.distributed import STOP_SIGNALS
@@ -42,8 +44,25 @@ class NoSaver:
     def reserve(self, state: Callable[[], dict[str, Any]]) -> None:
         """Make room for a state like this one while training goes on, so that the first save is as short as any."""
 
-    def save(self, step: int, state: dict[str, Any], label: checkpoint.Label | None = None) -> None:
-        """Copy `state` and begin to write it as the checkpoint of `step`; returns as soon as it is copied."""
+    def guard(self, optimizer: torch.optim.Optimizer) -> None:
+        """Have `optimizer` wait before each update for whatever copy still reads the weights."""
+        optimizer.register_step_pre_hook(lambda *_: self.settle())
+
+    def settle(self) -> None:
+        """Return when the tensors said to stay still may change again."""
+
+    def save(
+        self,
+        step: int,
+        state: dict[str, Any],
+        label: checkpoint.Label | None = None,
+        still: frozenset[int] = frozenset(),
+    ) -> None:
+        """Begin to copy `state` and to write it as the checkpoint of `step`.
+
+        Args:
+            still: `data_ptr()` of the tensors that nobody changes before `settle`; all others may change at once.
+        """
 
     def check(self) -> None:
         """Say what went wrong with a save since the last time; RunError if the folder is no longer ours."""
@@ -83,7 +102,16 @@ class Saver(NoSaver):
         like = state()
         self._begin(lambda: self._snapshot.reserve(like))
 
-    def save(self, step: int, state: dict[str, Any], label: checkpoint.Label | None = None) -> None:
+    def settle(self) -> None:
+        self._snapshot.settle()
+
+    def save(
+        self,
+        step: int,
+        state: dict[str, Any],
+        label: checkpoint.Label | None = None,
+        still: frozenset[int] = frozenset(),
+    ) -> None:
         began = time.monotonic()
         self._join()
         waited = time.monotonic() - began
@@ -94,7 +122,7 @@ class Saver(NoSaver):
                 f"warning: the save of step {step} waited {waited:.1f} s for the one before: this disk is slower than "
                 "checkpoint.every_steps or checkpoint.every_minutes asks for"
             )
-        self._unsaved = _Task(step, self._snapshot.take(state), label or checkpoint.Label())
+        self._unsaved = _Task(step, self._snapshot.take(state, still), label or checkpoint.Label())
         self._begin(self._write)
 
     def check(self) -> None:
@@ -147,7 +175,7 @@ class Saver(NoSaver):
         task = self._unsaved
         assert task is not None
         try:
-            self._snapshot.wait()
+            self._snapshot.complete()
             path = checkpoint.save(self._folder, task.step, task.state, task.label, self._permitted)
             self._retention.trust(path)
             self._unsaved = None

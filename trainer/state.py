@@ -54,6 +54,12 @@ class RunState:
         """What nearly all of the memory of `state_dict` is for: the live tensors."""
         return {"model": self.model.state_dict(), "optimizer": self.learner.optimizer.state_dict()}
 
+    def still(self) -> frozenset[int]:
+        """`data_ptr()` of the tensors that only an update of the weights changes: what is trained, and its moments."""
+        moments = (value for values in self.learner.optimizer.state.values() for value in values.values())
+        tensors = [*self.model.parameters(), *(value for value in moments if isinstance(value, torch.Tensor))]
+        return frozenset(tensor.data_ptr() for tensor in tensors)
+
     def state_dict(self, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         """The state to save, with `ranks` from `gather()`."""
         mean = mean_buffers([rank["buffers"] for rank in ranks])

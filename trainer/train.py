@@ -78,6 +78,7 @@ class _Run:
         if self.here.is_main:
             keep = config.checkpoint.keep
             self.saver = Saver(self.folder.checkpoints, keep, self.folder.demand_held, lambda t: self.reporter.say(t))
+        self.saver.guard(self.learner.optimizer)
         self.evaluation: EvaluationBatches | None = None
         if self.data.val is not None:
             self.evaluation = EvaluationBatches(config, self.data.val, self.here, plan.batch)
@@ -200,7 +201,7 @@ class _Run:
         every = self.config.checkpoint.keep_every
         closing = self.progress.closed == self.progress.step
         lasting = closing and every is not None and self.plan.epoch_of(self.progress.step) % every == 0
-        self.saver.save(self.progress.step, state, checkpoint.Label(top1=top1, lasting=lasting))
+        self.saver.save(self.progress.step, state, checkpoint.Label(top1=top1, lasting=lasting), self.state.still())
 
     # Words.
 
