@@ -17,10 +17,11 @@ COLUMNS = [
     {"configfile", "plan", "environment"},
     {"distributed"},
     {"data", "models"},
-    {"optim", "schedule", "losses", "mix", "ema", "metrics", "precision"},
+    {"optim", "schedule", "losses", "mix", "ema", "metrics", "precision", "snapshot"},
     {"loop", "evaluate"},
     {"checkpoint", "report", "state", "learner"},
-    {"resume"},
+    {"retention"},
+    {"resume", "saver"},
     {"train", "evaluation"},
     {"__main__"},
 ]

@@ -219,11 +219,13 @@ class Checkpoint:
     every_steps: int | None = None
     every_minutes: float | None = None
     keep: int = 2  # the newest ones; the best is kept besides
+    keep_every: int | None = None  # epochs: those saved at the end of every so many are kept for ever
 
     def __post_init__(self) -> None:
         at_least("checkpoint.every_steps", self.every_steps, 1)
         at_least("checkpoint.every_minutes", self.every_minutes, 0, strictly=True)
         at_least("checkpoint.keep", self.keep, 1)
+        at_least("checkpoint.keep_every", self.keep_every, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
