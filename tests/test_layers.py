@@ -60,8 +60,8 @@ def test_imports_point_left(path: Path) -> None:
 
 
 def test_data_package_has_an_order_of_its_own() -> None:
-    order = ["jpeg", "philox", "table", "shards", "index", "order", "augment", "policies", "ops", "dali", "salvage"]
-    order += ["feeds", "decoder", "loader"]
+    order = ["jpeg", "philox", "table", "shards", "index", "order", "augment", "policies", "ops", "resize", "dali"]
+    order += ["salvage", "feeds", "decoder", "loader"]
     for path in (REPOSITORY / "trainer" / "data").glob("*.py"):
         inner = {n.split(".")[2] for n in imported(ast.parse(path.read_text())) if n.startswith("trainer.data.")}
         if path.stem in order:
