@@ -120,10 +120,20 @@ def _limit(root: str, program: Path) -> Callable[[], float]:
 
 def _block(next_batch: Callable[[], object], images: int) -> float:
     """CPU microseconds per image, of all threads of this process."""
-    began = time.process_time()
-    for _ in range(-(-images // BATCH)):
+    count = -(-images // BATCH)
+    began = _settled()
+    for _ in range(count):
         next_batch()
-    return (time.process_time() - began) / (-(-images // BATCH) * BATCH) * 1e6
+    return (_settled() - began) / (count * BATCH) * 1e6
+
+
+def _settled() -> float:
+    """CPU seconds of this process once its threads have filled their queues: each pays for its own batches ahead."""
+    before = -1.0
+    while (now := time.process_time()) - before > 0.002:
+        before = now
+        time.sleep(0.1)
+    return now
 
 
 def measure(root: str, program: Path | None, blocks: int, images: int) -> dict[str, list[float]]:
@@ -137,7 +147,7 @@ def measure(root: str, program: Path | None, blocks: int, images: int) -> dict[s
     }
     limit = _limit(root, program) if program else None
     for next_batch in sources.values():
-        _block(next_batch, 4 * BATCH)  # past the prefetch queues, so that as much begins as ends within a block
+        _block(next_batch, 4 * BATCH)
     found: dict[str, list[float]] = {name: [] for name in sources}
     for _ in range(blocks):
         for name, next_batch in sources.items():

@@ -31,6 +31,8 @@ class Data:
     eval_resize: int | None = None  # short side before the evaluation crop; None: eval_size * 256 / 224; 0: no resize
     threads: int | None = None  # DALI threads of a rank; None: its share of the node's cores, at most 8
     prefetch: int = 2  # batches decoded ahead
+    hw_decoder_load: float | None = None  # share of the images for a GPU's JPEG hardware; None: DALI's choice (0.65)
+    decode_pixels: int | None = None  # GPU decoders get buffers for images of this many pixels at once; None: they grow
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # ImageNet's, RGB in [0, 1]
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     synthetic_samples: int = 1_281_167  # ImageNet's; only for source=synthetic
@@ -42,6 +44,9 @@ class Data:
         for key in ("image_size", "eval_size", "threads", "prefetch", "synthetic_samples", "synthetic_classes"):
             at_least(f"data.{key}", getattr(self, key), 1)
         at_least("data.eval_resize", self.eval_resize, 0)
+        at_least("data.decode_pixels", self.decode_pixels, 1)
+        if self.hw_decoder_load is not None:
+            share("data.hw_decoder_load", self.hw_decoder_load)
         if self.eval_resize and self.eval_resize < self.crop_size:
             raise ConfigError(
                 f"data.eval_resize={self.eval_resize} is smaller than the evaluation crop of {self.crop_size} px: "

@@ -178,6 +178,8 @@ class _Decoder:
             std=tuple(data.std),
             device_id=world.device.index if on_gpu else None,
             decode_on_gpu=on_gpu and data.decoder != "cpu",
+            hw_decoder_load=data.hw_decoder_load,
+            decode_pixels=data.decode_pixels,
             half=on_gpu and config.precision.amp != "fp32",
             encoded=bool(feed.index.shard_files),
             **({"steps": feed.steps} if isinstance(feed, _TrainingFeed) else {}),
