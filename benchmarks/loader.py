@@ -40,9 +40,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from trainer.config import Config, Data  # noqa: E402
-from trainer.data.augment import training_draws, training_windows  # noqa: E402
+from trainer.data.augment import training_windows  # noqa: E402
 from trainer.data.index import open_split  # noqa: E402
-from trainer.data.loader import DataSet, training_batches  # noqa: E402
+from trainer.data.loader import DataSet, TrainingBatches  # noqa: E402
 from trainer.distributed import World  # noqa: E402
 from trainer.plan import Plan  # noqa: E402
 
@@ -94,7 +94,7 @@ def _ours(root: str) -> Callable[[], object]:
     index = open_split(root, (".",))
     data = DataSet(index, None, len(index), index.classes, index.digest)
     world = World(0, 0, 1, 1, torch.device("cpu"))
-    batches = training_batches(config, data, Plan.of(config, 1, len(index)), world, 0)
+    batches = TrainingBatches(config, data, Plan.of(config, 1, len(index)), world, 0)
     return lambda: next(batches)
 
 
@@ -104,8 +104,8 @@ def _windows(root: str) -> str:
     rows = np.arange(len(index))
     lines = []
     for epoch in range(4):
-        draws = training_draws(0, np.full(len(rows), epoch), rows)
-        windows = training_windows(Config().augment, SIZE, draws, index.widths[rows], index.heights[rows])
+        keys = np.full(len(rows), epoch), rows, np.zeros_like(rows)
+        windows = training_windows(Config().augment, SIZE, 0, keys, (index.widths, index.heights))
         boxes = np.stack([windows.x, windows.y, windows.width, windows.height], 1)
         lines += [f"{path} {' '.join(map(str, box))}" for path, box in zip(index.paths(rows), boxes)]
     return "\n".join(lines) + "\n"
@@ -120,10 +120,20 @@ def _limit(root: str, program: Path) -> Callable[[], float]:
 
 def _block(next_batch: Callable[[], object], images: int) -> float:
     """CPU microseconds per image, of all threads of this process."""
-    began = time.process_time()
-    for _ in range(-(-images // BATCH)):
+    count = -(-images // BATCH)
+    began = _settled()
+    for _ in range(count):
         next_batch()
-    return (time.process_time() - began) / (-(-images // BATCH) * BATCH) * 1e6
+    return (_settled() - began) / (count * BATCH) * 1e6
+
+
+def _settled() -> float:
+    """CPU seconds of this process once its threads have filled their queues: each pays for its own batches ahead."""
+    before = -1.0
+    while (now := time.process_time()) - before > 0.002:
+        before = now
+        time.sleep(0.1)
+    return now
 
 
 def measure(root: str, program: Path | None, blocks: int, images: int) -> dict[str, list[float]]:
@@ -137,7 +147,7 @@ def measure(root: str, program: Path | None, blocks: int, images: int) -> dict[s
     }
     limit = _limit(root, program) if program else None
     for next_batch in sources.values():
-        _block(next_batch, 4 * BATCH)  # past the prefetch queues, so that as much begins as ends within a block
+        _block(next_batch, 4 * BATCH)
     found: dict[str, list[float]] = {name: [] for name in sources}
     for _ in range(blocks):
         for name, next_batch in sources.items():

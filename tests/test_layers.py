@@ -22,7 +22,7 @@ COLUMNS = [
     {"checkpoint", "report", "state", "learner"},
     {"retention"},
     {"resume", "saver"},
-    {"train", "evaluation"},
+    {"train", "evaluation", "benchmark"},
     {"__main__"},
 ]
 SOURCES = sorted((REPOSITORY / "trainer").rglob("*.py"))
@@ -88,7 +88,7 @@ def test_the_loop_never_waits_for_the_device() -> None:
 
 def test_main_rank_is_named_only_where_it_matters() -> None:
     users = {module_of(p) for p in SOURCES if "is_main" in p.read_text()}
-    assert users <= {"distributed", "checkpoint", "report", "state", "train", "evaluation"}
+    assert users <= {"distributed", "checkpoint", "report", "state", "train", "evaluation", "benchmark"}
 
 
 def test_modules_are_short() -> None:

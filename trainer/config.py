@@ -36,6 +36,8 @@ class Data:
     prefetch: int = 2  # batches decoded ahead
     on_error: str = "stop"  # stop | skip: what an image that cannot be decoded does, met in mid-run
     max_skipped: float = 0.001  # share of the images that may be skipped before the run stops
+    hw_decoder_load: float | None = None  # share of the images for a GPU's JPEG hardware; None: DALI's choice (0.65)
+    decode_pixels: int | None = None  # GPU decoders get buffers for images of this many pixels at once; None: they grow
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # ImageNet's, RGB in [0, 1]
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     synthetic_samples: int = 1_281_167  # ImageNet's; only for source=synthetic
@@ -62,6 +64,9 @@ class Data:
             raise ConfigError(f"data.start_size={self.start_size} is more than data.image_size={self.image_size}")
         if len(self.ramp) != 2 or not 0 <= self.ramp[0] <= self.ramp[1] <= 1:
             raise ConfigError(f"data.ramp={self.ramp} must be two shares of the run, the earlier first, as [0.4, 0.8]")
+        at_least("data.decode_pixels", self.decode_pixels, 1)
+        if self.hw_decoder_load is not None:
+            share("data.hw_decoder_load", self.hw_decoder_load)
         if self.eval_resize and self.eval_resize < self.crop_size:
             raise ConfigError(
                 f"data.eval_resize={self.eval_resize} is smaller than the evaluation crop of {self.crop_size} px: "

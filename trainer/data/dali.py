@@ -8,6 +8,7 @@ test holds the pixels to PIL's.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,6 +47,8 @@ class Graph:
     std: tuple[float, ...]
     device_id: int | None = None  # the GPU that the images end on; None: CPU
     decode_on_gpu: bool = False
+    hw_decoder_load: float | None = None  # share of the images for the GPU's JPEG hardware; None: DALI's default
+    decode_pixels: int | None = None  # size the GPU decoder's buffers for this many pixels; None: DALI's default
     half: bool = False  # float16 instead of float32 out
     encoded: bool = False  # the source gives the bytes of files, not their paths
     steps: ops.Steps = NO_STEPS  # operations on the crop; what ops.feed returns comes last from the source
@@ -186,14 +189,26 @@ class _Link:
 def _decode(graph: Graph, files, *window):
     """The node of whole images, or of their window where its start and shape are given."""
     data = files if graph.encoded else fn.io.file.read(files)
-    options = {
-        "device": "mixed" if graph.decode_on_gpu else "cpu",
-        "output_type": types.RGB,
-        "adjust_orientation": False,
-    }
+    options = {"device": "cpu", "output_type": types.RGB, "adjust_orientation": False}
+    if graph.decode_on_gpu:
+        options |= {"device": "mixed", **hardware(graph)}
     if window:
         return fn.decoders.image_slice(data, *window, axes=[0, 1], **options)
     return fn.decoders.image(data, **options)
+
+
+def hardware(graph: Graph) -> dict[str, float | int]:
+    """Options of the GPU decoder. Not run on a GPU: names and units are those of DALI 2.4's documentation."""
+    options: dict[str, float | int] = {}
+    if graph.hw_decoder_load is not None:
+        options["hw_decoder_load"] = graph.hw_decoder_load
+    if graph.decode_pixels is not None:
+        side = math.isqrt(graph.decode_pixels - 1) + 1
+        options |= {"preallocate_width_hint": side, "preallocate_height_hint": side}
+        # Bytes for a pixel, as in DALI's PyTorch ResNet-50 example: 211,025,920 and 140,544,512 for 5980 x 6430.
+        options["device_memory_padding"] = math.ceil(5.5 * graph.decode_pixels)
+        options["host_memory_padding"] = math.ceil(3.7 * graph.decode_pixels)
+    return options
 
 
 def _crop(images, starts, sides):
