@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from nvidia.dali import fn
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -136,3 +137,22 @@ def test_what_dali_refuses_is_found_among_what_it_takes(tmp_path: Path, encoded:
         files.append(np.frombuffer(content if encoded else str(tmp_path / f"{number}.JPEG").encode(), np.uint8))
     assert dali.refused(files, graph) == [1, 2, 5]
     assert dali.refused(files[:1], graph) == [] == dali.refused([], graph)
+
+
+def test_the_gpu_decoder_is_told_what_the_options_say() -> None:
+    plain = {
+        "mode": "resized",
+        "max_batch": 1,
+        "threads": 1,
+        "prefetch": 1,
+        "mean": (0,) * 3,
+        "std": (1,) * 3,
+    }
+    assert dali.hardware(dali.Graph(**plain)) == {}
+    chosen = dali.hardware(dali.Graph(**plain, hw_decoder_load=0.9, decode_pixels=5980 * 6430))
+    known = fn.decoders.image_slice.__doc__ or ""
+    assert all(f"\n{name} : " in known for name in chosen), "DALI has these options under these names"
+    assert chosen["hw_decoder_load"] == 0.9
+    assert chosen["preallocate_width_hint"] * chosen["preallocate_height_hint"] >= 5980 * 6430
+    assert 211_025_920 <= chosen["device_memory_padding"] < 1.01 * 211_025_920
+    assert 140_544_512 <= chosen["host_memory_padding"] < 1.02 * 140_544_512

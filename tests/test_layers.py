@@ -17,11 +17,12 @@ COLUMNS = [
     {"configfile", "plan", "environment"},
     {"distributed"},
     {"data", "models"},
-    {"optim", "schedule", "losses", "mix", "ema", "metrics", "precision"},
+    {"optim", "schedule", "losses", "mix", "ema", "metrics", "precision", "snapshot"},
     {"loop", "evaluate"},
     {"checkpoint", "report", "state", "learner"},
-    {"resume"},
-    {"train", "evaluation"},
+    {"retention"},
+    {"resume", "saver"},
+    {"train", "evaluation", "benchmark"},
     {"__main__"},
 ]
 SOURCES = sorted((REPOSITORY / "trainer").rglob("*.py"))
@@ -60,7 +61,7 @@ def test_imports_point_left(path: Path) -> None:
 
 def test_data_package_has_an_order_of_its_own() -> None:
     order = ["jpeg", "philox", "table", "shards", "index", "room", "stage", "order", "augment", "policies", "ops"]
-    order += ["dali", "pil_ops", "salvage", "feeds", "decoder", "pil", "loader"]
+    order += ["resize", "dali", "pil_ops", "salvage", "feeds", "decoder", "pil", "loader"]
     for path in (REPOSITORY / "trainer" / "data").glob("*.py"):
         inner = {n.split(".")[2] for n in imported(ast.parse(path.read_text())) if n.startswith("trainer.data.")}
         if path.stem in order:
@@ -87,7 +88,7 @@ def test_the_loop_never_waits_for_the_device() -> None:
 
 def test_main_rank_is_named_only_where_it_matters() -> None:
     users = {module_of(p) for p in SOURCES if "is_main" in p.read_text()}
-    assert users <= {"distributed", "checkpoint", "report", "state", "train", "evaluation"}
+    assert users <= {"distributed", "checkpoint", "report", "state", "train", "evaluation", "benchmark"}
 
 
 def test_modules_are_short() -> None:

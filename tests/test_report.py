@@ -92,7 +92,7 @@ def test_files_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", broken)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(ConfigError, match=r"summary\.json cannot be written \(No space"):
         folder.write("summary.json", {"status": "failed"})
     assert folder.read("summary.json") == {"status": "done"}
     (tmp_path / "summary.json").write_text("{")

@@ -125,7 +125,9 @@ def test_mixing_does_not_depend_on_the_number_of_ranks(config: Path, tiny: Path,
 
 
 def test_a_finished_run_says_so_and_does_nothing(config: Path, tiny: Path, reference: Path) -> None:
-    before = {p: p.stat().st_mtime_ns for p in reference.rglob("*") if p.is_file() and p.name != ".lock"}
+    before = {
+        p: p.stat().st_mtime_ns for p in reference.rglob("*") if p.is_file() and p.name not in (".lock", "lease.json")
+    }
     done = train(config, tiny, reference, *NO_BATCHNORM)
     assert done.status == 0 and "is finished (8 steps)" in done.output
     assert before == {p: p.stat().st_mtime_ns for p in before}
@@ -193,7 +195,7 @@ def test_a_second_process_on_a_live_run_is_refused(config: Path, tiny: Path, tmp
     done = train(config, tiny, tmp_path / "run", *NO_BATCHNORM)
     assert done.status == 2 and f"in use by process {os.getpid()} on" in done.errors
     holder.release()
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {".lock"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {".lock", "lease.json"}
 
 
 def test_two_ranks_answer_a_mistake_once(config: Path, tiny: Path, tmp_path: Path) -> None:

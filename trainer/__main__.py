@@ -74,6 +74,14 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0 if outcome.sound else FAILED
 
 
+def _benchmark(options: argparse.Namespace) -> int:
+    config = configfile.load(options.config, options.overrides)
+    from trainer import benchmark
+
+    run, count = benchmark.COMMANDS[options.what]
+    return run(config, options.count or count)
+
+
 def _describe(options: argparse.Namespace) -> int:
     config = configfile.load(None, options.overrides)
     from trainer.models import build, summary
@@ -116,6 +124,14 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
     inspect.add_argument("--report", metavar="FILE", help="where to write the report (default: DATASET/report.json)")
     inspect.set_defaults(command=_inspect)
+
+    benchmark = commands.add_parser("benchmark", help="how fast one part of the run that CONFIG describes is")
+    what = "loader: the input alone; end-to-end: training on real data against synthetic"
+    benchmark.add_argument("what", choices=("loader", "end-to-end"), help=what)
+    benchmark.add_argument("config", metavar="CONFIG")
+    benchmark.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    benchmark.add_argument("--count", type=int, metavar="N", help="images (loader: 2000) or steps a block (10)")
+    benchmark.set_defaults(command=_benchmark)
 
     describe = commands.add_parser("describe", help="the layers, parameters and multiply-adds of a network")
     describe.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example model.name=resnet101")

@@ -38,6 +38,8 @@ class Data:
     max_skipped: float = 0.001  # share of the images that may be skipped before the run stops
     stage_to: str | None = None  # folder on the node's own disk or in its memory (/dev/shm) to copy the set to first
     stage_reserve_gb: float = 5.0  # 10^9 bytes that staging leaves free there
+    hw_decoder_load: float | None = None  # share of the images for a GPU's JPEG hardware; None: DALI's choice (0.65)
+    decode_pixels: int | None = None  # GPU decoders get buffers for images of this many pixels at once; None: they grow
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # ImageNet's, RGB in [0, 1]
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     synthetic_samples: int = 1_281_167  # ImageNet's; only for source=synthetic
@@ -67,6 +69,9 @@ class Data:
         if len(self.ramp) != 2 or not 0 <= self.ramp[0] <= self.ramp[1] <= 1:
             raise ConfigError(f"data.ramp={self.ramp} must be two shares of the run, the earlier first, as [0.4, 0.8]")
         at_least("data.stage_reserve_gb", self.stage_reserve_gb, 0)
+        at_least("data.decode_pixels", self.decode_pixels, 1)
+        if self.hw_decoder_load is not None:
+            share("data.hw_decoder_load", self.hw_decoder_load)
         if self.eval_resize and self.eval_resize < self.crop_size:
             raise ConfigError(
                 f"data.eval_resize={self.eval_resize} is smaller than the evaluation crop of {self.crop_size} px: "
@@ -224,11 +229,13 @@ class Checkpoint:
     every_steps: int | None = None
     every_minutes: float | None = None
     keep: int = 2  # the newest ones; the best is kept besides
+    keep_every: int | None = None  # epochs: those saved at the end of every so many are kept for ever
 
     def __post_init__(self) -> None:
         at_least("checkpoint.every_steps", self.every_steps, 1)
         at_least("checkpoint.every_minutes", self.every_minutes, 0, strictly=True)
         at_least("checkpoint.keep", self.keep, 1)
+        at_least("checkpoint.keep_every", self.keep_every, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,6 +58,12 @@ def has_wandb_key() -> bool:
         return False
 
 
+def slurm_attempt() -> tuple[str, int] | None:
+    """(job id, how often SLURM has started it again), None outside SLURM."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return (job, int(os.environ.get("SLURM_RESTART_COUNT") or 0)) if job else None
+
+
 def make_cublas_deterministic() -> None:
     """Give cuBLAS the fixed workspace without which torch refuses its products in deterministic mode."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

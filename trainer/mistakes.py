@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 
@@ -15,6 +16,11 @@ class RunError(RuntimeError):
     """What a run cannot go on with, though nobody made a mistake: one line; exit status 1."""
 
     everywhere = True
+
+
+def warn(text: str) -> None:
+    """Say in one line what is wrong though the run goes on."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def one_of(key: str, value: Any, valid: tuple[Any, ...]) -> None:

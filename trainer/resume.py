@@ -25,15 +25,18 @@ FREE += (
 )
 
 
-def enter(folder: RunFolder, config: Config) -> Path | None:
-    """Take the run folder and return its newest whole checkpoint; ConfigError if it is another run's or in use."""
+def enter(folder: RunFolder, config: Config, state: RunState) -> Path | None:
+    """Take the run folder and return its newest whole checkpoint that fits `state`.
+
+    ConfigError if the folder is another run's or in use, or if it has checkpoints and none of them will do.
+    """
     folder.acquire()
     before = folder.path / "config.yaml"
     if before.exists():
         refuse_changed(configfile.load(before), config, folder.path)
     else:
         folder.write("config.yaml", configfile.to_yaml(config))
-    return checkpoint.newest_whole(folder.checkpoints)
+    return checkpoint.newest_whole(folder.checkpoints, state.demand_fit)
 
 
 def refuse_changed(before: Config, now: Config, path: Path) -> None:
@@ -47,7 +50,7 @@ def refuse_changed(before: Config, now: Config, path: Path) -> None:
 def restore(state: RunState, newest: Path, config: Config, data: DataSet) -> None:
     """Take up the run where the checkpoint at `newest` left it; ConfigError if its data has changed."""
     saved = checkpoint.load(newest)
-    if saved["data"] != data.digest:
+    if saved.get("data") != data.digest:
         raise ConfigError(
             f"the training data of data.root={config.data.root} is not what {config.output_dir} began with: "
             "restore it, or choose another output_dir"

@@ -6,15 +6,18 @@ here but the step itself.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 
+from trainer.config import ConfigError
 from trainer.distributed import World
 from trainer.loop import Learner
 from trainer.models import build
 from trainer.models.buffers import mean_buffers
+from trainer.snapshot import owned
 
 
 @dataclass
@@ -47,21 +50,34 @@ class RunState:
         buffers = {name: buffer.cpu() for name, buffer in self.model.named_buffers()}
         return self._here.gather({"buffers": buffers, "window": self.window.cpu()})
 
+    def bulk(self) -> dict[str, Any]:
+        """What nearly all of the memory of `state_dict` is for: the live tensors."""
+        return {"model": self.model.state_dict(), "optimizer": self.learner.optimizer.state_dict()}
+
+    def still(self) -> frozenset[int]:
+        """`data_ptr()` of the tensors that only an update of the weights changes: what is trained, and its moments."""
+        moments = (value for values in self.learner.optimizer.state.values() for value in values.values())
+        tensors = [*self.model.parameters(), *(value for value in moments if isinstance(value, torch.Tensor))]
+        return frozenset(tensor.data_ptr() for tensor in tensors)
+
     def state_dict(self, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         """The state to save, with `ranks` from `gather()`."""
         mean = mean_buffers([rank["buffers"] for rank in ranks])
+        bulk = self.bulk()
         return {
-            "model": self.model.state_dict() | mean,
-            "optimizer": self.learner.optimizer.state_dict(),
+            "model": bulk["model"] | mean,
+            "optimizer": bulk["optimizer"],
             "scaler": self.learner.scaler.state_dict(),
             "progress": asdict(self.progress),
             "ranks": ranks,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Become what `state_dict` saved."""
+        """Become what `state_dict` saved; ConfigError, and nothing is loaded, if that does not fit."""
+        self.demand_fit(state)
         self.model.load_state_dict(state["model"])
-        self.learner.optimizer.load_state_dict(state["optimizer"])
+        # The optimiser keeps the tensors it is given, and those of a mapped file must not become what a run trains.
+        self.learner.optimizer.load_state_dict(owned(state["optimizer"]))
         self.learner.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         ranks = state["ranks"]
@@ -71,3 +87,56 @@ class RunState:
             self.window.copy_(mine["window"])
         elif self._here.is_main:  # the sums are added up over the ranks in the end: one may hold them all
             self.window.copy_(sum(rank["window"] for rank in ranks))
+
+    def demand_fit(self, state: dict[str, Any]) -> None:
+        """ConfigError that names the first thing in `state` which this network and optimiser have no place for."""
+        try:
+            mismatch = next(self._mismatches(state), None)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            mismatch = f"it is not laid out as a run's state is ({type(error).__name__}: {error})"
+        if mismatch:
+            raise ConfigError(mismatch)
+
+    def _mismatches(self, state: dict[str, Any]) -> Iterator[str]:
+        missing = [key for key in ("model", "optimizer", "scaler", "progress", "ranks") if key not in state]
+        if missing:
+            yield f"it has no {missing[0]}"
+        yield from _differences("model", state["model"], self.model.state_dict(), whole=True)
+        yield from self._optimizer_mismatches(state["optimizer"])
+        known = {field.name for field in fields(Progress)}
+        yield from (f"progress.{key} is not known to this version" for key in state["progress"] if key not in known)
+        if state["scaler"].keys() ^ self.learner.scaler.state_dict().keys():
+            yield "scaler is of another precision.amp"
+        buffers = dict(self.model.named_buffers())
+        for number, rank in enumerate(state["ranks"]):
+            yield from _differences(f"ranks.{number}", rank["buffers"], buffers, whole=True)
+            yield from _differences(f"ranks.{number}", {"window": rank["window"]}, {"window": self.window}, whole=True)
+        if not state["ranks"]:
+            yield "ranks is empty"
+
+    def _optimizer_mismatches(self, saved: dict[str, Any]) -> Iterator[str]:
+        groups = self.learner.optimizer.param_groups
+        if len(saved["param_groups"]) != len(groups):
+            yield f"optimizer has {len(saved['param_groups'])} groups of parameters, this run {len(groups)}"
+        parameters = {}
+        for number, (theirs, ours) in enumerate(zip(saved["param_groups"], groups)):
+            if len(theirs["params"]) != len(ours["params"]):
+                yield (
+                    f"optimizer.param_groups.{number} has {len(theirs['params'])} parameters, "
+                    f"this run {len(ours['params'])}"
+                )
+            parameters |= dict(zip(theirs["params"], ours["params"]))
+        for index, values in saved["state"].items():
+            tensors = {name: v for name, v in values.items() if isinstance(v, torch.Tensor) and v.ndim}
+            yield from _differences(f"optimizer.state.{index}", tensors, dict.fromkeys(tensors, parameters[index]))
+
+
+def _differences(where: str, saved: dict[str, Any], ours: dict[str, Any], *, whole: bool = False) -> Iterator[str]:
+    """What keeps the tensors `saved` from taking the place of `ours`; `whole`: there must be one for each."""
+    for key, tensor in saved.items():
+        if key not in ours:
+            yield f"{where}.{key} is not in this run's network"
+        elif tensor.shape != ours[key].shape:
+            yield f"{where}.{key} is {tuple(tensor.shape)}, and {tuple(ours[key].shape)} in this run"
+    if whole:
+        yield from (f"{where}.{key} is missing" for key in ours if key not in saved)

@@ -23,6 +23,7 @@ from trainer.report.console import counter
 from trainer.report.folder import RunFolder, provenance
 from trainer.report.reporter import Reporter, Silent
 from trainer.report.wandb_run import WandbRun
+from trainer.saver import NoSaver, Saver
 from trainer.state import RunState
 
 DONE, STOPPED = 0, 75  # exit statuses; 75 is EX_TEMPFAIL: run the same command again to go on
@@ -44,8 +45,8 @@ def train(config: Config, command: list[str]) -> int:
         plan = Plan.of(config, here.size, data.samples)
         state = RunState(learner.create(config, plan, here, data), here)
         folder = RunFolder(config.output_dir)
-        newest = here.on_main(lambda: resume.enter(folder, config))
         try:
+            newest = here.on_main(lambda: resume.enter(folder, config, state))
             if newest is not None:
                 resume.restore(state, newest, config, data)
             return _Run(config, here, agreement, plan, data, state, folder).go(command)
@@ -72,6 +73,11 @@ class _Run:
         self.last_step = min(plan.total_steps, config.loop.max_steps or plan.total_steps)
         self.due: _Due | None = None
         self.saved_at = time.monotonic()
+        self.saver = NoSaver()
+        if self.here.is_main:
+            keep = config.checkpoint.keep
+            self.saver = Saver(self.folder.checkpoints, keep, self.folder.demand_held, lambda t: self.reporter.say(t))
+        self.saver.guard(self.learner.optimizer)
         self.evaluation: EvaluationBatches | None = None
         if self.data.val is not None:
             self.evaluation = EvaluationBatches(config, self.data.val, self.here, plan.batch)
@@ -90,7 +96,10 @@ class _Run:
         try:
             with naming_a_lost_peer(self.here):
                 stopped_by = self._train()
+                self.saver.finish()
+                self.here.barrier()  # torchrun kills the main rank if another leaves before the save is on disk
         except BaseException as error:
+            self.saver.close()
             self._finish("failed", error=f"{type(error).__name__}: {error}")
             raise
         if stopped_by:
@@ -121,6 +130,8 @@ class _Run:
             self.state.window[:5] += record.totals
             self.state.window[5] += 1
             self._tell()
+            self.saver.reserve(self.state.bulk)
+            self.saver.check()
             if self.progress.step % self.config.report.log_every == 0 or self.progress.step == end:
                 self.due = _Due(self.progress.step, record.lr, Pending(self.state.window, self.here))
                 self.state.window.zero_()
@@ -187,7 +198,7 @@ class _Run:
         )
 
     def _save(self, top1: float | None = None) -> None:
-        """Save on the main rank; a full disk is warned of and the run goes on."""
+        """Begin a save on the main rank; a full disk is warned of and the run goes on."""
         self._tell()
         unfinished = Pending(self.state.window, self.here).values()
         demand_finite(unfinished[0], self.progress.step - int(unfinished[5] / self.here.size), self.progress.step - 1)
@@ -203,11 +214,10 @@ class _Run:
             "data": self.data.digest,
             "wandb_id": (self.folder.read("run.json") or {}).get("wandb_id"),
         }
-        try:
-            checkpoint.save(self.folder.checkpoints, self.progress.step, state, top1)
-            checkpoint.prune(self.folder.checkpoints, self.config.checkpoint.keep)
-        except (OSError, RuntimeError) as error:  # torch.save says a full disk as RuntimeError
-            self.reporter.say(f"warning: step {self.progress.step} is not saved ({error}); training goes on")
+        every = self.config.checkpoint.keep_every
+        closing = self.progress.closed == self.progress.step
+        lasting = closing and every is not None and self.plan.epoch_of(self.progress.step) % every == 0
+        self.saver.save(self.progress.step, state, checkpoint.Label(top1=top1, lasting=lasting), self.state.still())
 
     # Words.
 

@@ -1,12 +1,15 @@
 """The DALI graph: file bytes to a batch of crops, on CPU or GPU. Only this file and ops.py import DALI.
 
 DALI draws nothing: paths, windows, flips and labels come from outside, so a batch is a pure function of its arguments.
-The resize is DALI's triangular filter, which is PIL's bilinear, and EXIF orientation is ignored as torchvision and timm
-ignore it (ImageNet holds rotated tags): a test holds the pixels to PIL's.
+The resize is PIL's bilinear: DALI's triangular filter on a GPU, torch's code on the CPU, where DALI's takes nearly as
+long as the decoding. EXIF orientation is ignored as torchvision and timm ignore it (ImageNet holds rotated tags): a
+test holds the pixels to PIL's.
 """
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +18,7 @@ import torch
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 
 from trainer.data import ops
+from trainer.data.resize import Resizer
 
 # What `source` returns for each graph, in this order: see `Graph.source`.
 Feed = tuple[list[np.ndarray] | np.ndarray, ...]
@@ -43,14 +47,46 @@ class Graph:
     std: tuple[float, ...]
     device_id: int | None = None  # the GPU that the images end on; None: CPU
     decode_on_gpu: bool = False
+    hw_decoder_load: float | None = None  # share of the images for the GPU's JPEG hardware; None: DALI's default
+    decode_pixels: int | None = None  # size the GPU decoder's buffers for this many pixels; None: DALI's default
     half: bool = False  # float16 instead of float32 out
     encoded: bool = False  # the source gives the bytes of files, not their paths
     steps: ops.Steps = NO_STEPS  # operations on the crop; what ops.feed returns comes last from the source
 
 
-def build(graph: Graph, source: Callable[[], Feed]) -> Pipeline:
-    """A built pipeline that calls `source` for each batch, ahead of need; its outputs are (images NHWC, labels)."""
-    count = {"resized": 6, "padded": 5, "center": 6}[graph.mode]
+def build(graph: Graph, source: Callable[[], Feed]) -> Decoding:
+    """What decodes the batches that `source` names, which it calls ahead of need, in the thread that calls `run`."""
+    if graph.decode_on_gpu or graph.mode == "padded":
+        return Decoding([_whole(graph, source)])
+    link = _Link(graph, source)
+    return Decoding([link.decode, _finish(graph, link.resized)])
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """One pipeline, or two with the CPU's resize between them: the last one calls what is before it."""
+
+    pipelines: list[Pipeline]
+
+
+def run(decoding: Decoding) -> tuple[torch.Tensor, torch.Tensor]:
+    """The next (images, labels): images NCHW in channels-last memory, labels int64 of shape (n,).
+
+    Nothing is copied: the tensors are DALI's own buffers, which live as long as the tensors do. Raises StopIteration
+    where the source does, and RuntimeError, naming the file, where an image cannot be decoded.
+    """
+    images, labels = (torch.from_dlpack(output.as_tensor()) for output in decoding.pipelines[-1].run())
+    return images.permute(0, 3, 1, 2), labels.reshape(-1)
+
+
+def reset(decoding: Decoding) -> None:
+    """Make one whose source has ended call it again."""
+    for pipeline in decoding.pipelines:
+        pipeline.reset()
+
+
+def _pipeline(graph: Graph, source: Callable, count: int, define: Callable) -> Pipeline:
+    """A built pipeline of what `define` makes of the `count` nodes that the source feeds."""
 
     @pipeline_def(  # and no `with pipeline`: only here does DALI turn `if` into a choice for each sample
         batch_size=graph.max_batch,
@@ -59,56 +95,139 @@ def build(graph: Graph, source: Callable[[], Feed]) -> Pipeline:
         prefetch_queue_depth=graph.prefetch,
         enable_conditionals=bool(graph.steps.layers),
     )
-    def define():
-        outputs = count + graph.steps.inputs
-        files, labels, flips, starts, sides, *rest = fn.external_source(source=source, num_outputs=outputs)
-        images = _cut(graph, files if graph.encoded else fn.io.file.read(files), starts, sides, rest)
-        if graph.device_id is not None:
-            images, labels = images.gpu(), labels.gpu()
-        inputs = rest[count - 5 :]
-        images = fn.crop_mirror_normalize(
-            ops.apply(images, graph.steps, inputs),
-            mirror=flips,
-            mean=[255 * m for m in graph.mean],
-            std=[255 * s for s in graph.std],
-            dtype=types.FLOAT16 if graph.half else types.FLOAT,
-            output_layout="HWC",
-        )
-        return ops.erase(images, graph.steps, inputs), labels
+    def whole():
+        return define(graph, *fn.external_source(source=source, num_outputs=count))
 
-    pipeline = define()
+    pipeline = whole()
     pipeline.build()
     return pipeline
 
 
-def _cut(graph: Graph, data, starts, sides, rest):
-    options = {
-        "device": "mixed" if graph.decode_on_gpu else "cpu",
-        "output_type": types.RGB,
-        "adjust_orientation": False,
-    }
-    if graph.mode == "resized":
-        images = fn.decoders.image_slice(data, starts, rest[0], axes=[0, 1], **options)
-        return fn.resize(images, size=sides, interp_type=types.INTERP_TRIANGULAR)
-    images = fn.decoders.image(data, **options)
-    if graph.mode == "center":
-        images = fn.resize(images, size=rest[0], interp_type=types.INTERP_TRIANGULAR)
+def _whole(graph: Graph, source: Callable[[], Feed]) -> Pipeline:
+    """Everything in one."""
+    count = {"resized": 6, "padded": 5, "center": 6}[graph.mode]
+
+    def define(graph: Graph, files, labels, flips, starts, sides, *rest):
+        images = _decode(graph, files, *([starts, rest[0]] if graph.mode == "resized" else []))
+        if graph.mode != "padded":
+            size = rest[0] if graph.mode == "center" else sides
+            images = fn.resize(images, size=size, interp_type=types.INTERP_TRIANGULAR)
+        if graph.mode != "resized":
+            images = _crop(images, starts, sides)
+        return _finished(graph, images, labels, flips, rest[count - 5 :])
+
+    return _pipeline(graph, source, count + graph.steps.inputs, define)
+
+
+def _finish(graph: Graph, source: Callable[[], Feed]) -> Pipeline:
+    """From resized images on: they come first from the source, in the place of the files."""
+
+    def define(graph: Graph, images, labels, flips, *inputs):
+        images = fn.reshape(images, layout="HWC")
+        if graph.mode == "center":
+            starts, sides, *inputs = inputs
+            images = _crop(images, starts, sides)
+        return _finished(graph, images, labels, flips, inputs)
+
+    return _pipeline(graph, source, (5 if graph.mode == "center" else 3) + graph.steps.inputs, define)
+
+
+class _Link:
+    """Between the decoding of a batch on the CPU and what follows its resize, which runs a batch ahead."""
+
+    def __init__(self, graph: Graph, source: Callable[[], Feed]) -> None:
+        self._graph, self._source = graph, source
+        self._resizer = Resizer(graph.threads)
+        self._feeds: deque[Feed] = deque()  # what the batches in flight need after their resize
+        self._begun: deque[tuple] = deque()
+        # The pipeline copies what it is fed. Fresh memory would be 2,400 new pages for a batch of 64.
+        self._squares = deque(torch.empty(0, dtype=torch.uint8) for _ in range(2))
+        self.decode = _pipeline(graph, self._named, 1 if graph.mode == "center" else 3, _decode)
+
+    def resized(self) -> Feed:
+        """A batch as `_finish` asks for it, while the next one is being resized; StopIteration after the last."""
+        while len(self._begun) < 2:
+            try:
+                self._begun.append(self._begin())
+            except StopIteration:
+                break
+        if not self._begun:
+            raise StopIteration
+        futures, images, feed = self._begun.popleft()
+        for future in futures:
+            future.result()
+        return images, *feed
+
+    def _named(self) -> Feed:
+        """What the decoder is to decode."""
+        files, *feed = self._source()
+        self._feeds.append(tuple(feed))
+        _, _, starts, _, shapes = feed[:5]
+        return (files,) if self._graph.mode == "center" else (files, starts, shapes)
+
+    def _begin(self) -> tuple:
+        (decoded,) = self.decode.run()
+        labels, flips, starts, sides, shapes, *inputs = self._feeds.popleft()
+        images = [torch.from_dlpack(decoded[i]) for i in range(len(labels))]
+        if self._graph.mode == "center":
+            into = [torch.empty(*map(int, shape), 3, dtype=torch.uint8) for shape in shapes]
+            feed = [image.numpy() for image in into], (labels, flips, starts, sides, *inputs)
+        else:
+            into = self._square(int(sides[0, 0]))[: len(images)]
+            feed = into.numpy(), (labels, flips, *inputs)
+        return self._resizer.begin(images, into), *feed
+
+    def _square(self, side: int) -> torch.Tensor:
+        """A buffer for a batch of images of this side: the one that was used before the last."""
+        self._squares.rotate()
+        shape = (self._graph.max_batch, side, side, 3)
+        if self._squares[0].shape != shape:
+            self._squares[0] = torch.empty(shape, dtype=torch.uint8)
+        return self._squares[0]
+
+
+def _decode(graph: Graph, files, *window):
+    """The node of whole images, or of their window where its start and shape are given."""
+    data = files if graph.encoded else fn.io.file.read(files)
+    options = {"device": "cpu", "output_type": types.RGB, "adjust_orientation": False}
+    if graph.decode_on_gpu:
+        options |= {"device": "mixed", **hardware(graph)}
+    if window:
+        return fn.decoders.image_slice(data, *window, axes=[0, 1], **options)
+    return fn.decoders.image(data, **options)
+
+
+def hardware(graph: Graph) -> dict[str, float | int]:
+    """Options of the GPU decoder. Not run on a GPU: names and units are those of DALI 2.4's documentation."""
+    options: dict[str, float | int] = {}
+    if graph.hw_decoder_load is not None:
+        options["hw_decoder_load"] = graph.hw_decoder_load
+    if graph.decode_pixels is not None:
+        side = math.isqrt(graph.decode_pixels - 1) + 1
+        options |= {"preallocate_width_hint": side, "preallocate_height_hint": side}
+        # Bytes for a pixel, as in DALI's PyTorch ResNet-50 example: 211,025,920 and 140,544,512 for 5980 x 6430.
+        options["device_memory_padding"] = math.ceil(5.5 * graph.decode_pixels)
+        options["host_memory_padding"] = math.ceil(3.7 * graph.decode_pixels)
+    return options
+
+
+def _crop(images, starts, sides):
     return fn.slice(images, starts, sides, axes=[0, 1], out_of_bounds_policy="pad", fill_values=0)
 
 
-def run(pipeline: Pipeline) -> tuple[torch.Tensor, torch.Tensor]:
-    """The next (images, labels): images NCHW in channels-last memory, labels int64 of shape (n,).
-
-    Nothing is copied: the tensors are DALI's own buffers, which live as long as the tensors do. Raises StopIteration
-    where the source does, and RuntimeError, naming the file, where an image cannot be decoded.
-    """
-    images, labels = (torch.from_dlpack(output.as_tensor()) for output in pipeline.run())
-    return images.permute(0, 3, 1, 2), labels.reshape(-1)
-
-
-def reset(pipeline: Pipeline) -> None:
-    """Make a pipeline whose source has ended call it again."""
-    pipeline.reset()
+def _finished(graph: Graph, images, labels, flips, inputs):
+    """The nodes of a batch as training takes it, from images of their final size."""
+    if graph.device_id is not None:
+        images, labels = images.gpu(), labels.gpu()
+    images = fn.crop_mirror_normalize(
+        ops.apply(images, graph.steps, inputs),
+        mirror=flips,
+        mean=[255 * m for m in graph.mean],
+        std=[255 * s for s in graph.std],
+        dtype=types.FLOAT16 if graph.half else types.FLOAT,
+        output_layout="HWC",
+    )
+    return ops.erase(images, graph.steps, inputs), labels
 
 
 def refused(files: list[np.ndarray], graph: Graph) -> list[int]:

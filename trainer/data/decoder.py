@@ -35,6 +35,8 @@ class Decoder:
             std=tuple(data.std),
             device_id=world.device.index if on_gpu else None,
             decode_on_gpu=on_gpu and data.decoder != "cpu",
+            hw_decoder_load=data.hw_decoder_load,
+            decode_pixels=data.decode_pixels,
             half=pixel_dtype(config, world.device) == torch.float16,
             encoded=bool(feed.index.shard_files),
             steps=ops.steps(feed.augment) if feed.augment is not None else ops.Steps(),

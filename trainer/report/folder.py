@@ -1,7 +1,8 @@
-"""The run folder: what a run leaves on disk, and the lock that keeps a second process out of it."""
+"""The run folder: what a run leaves on disk, and the lock and the lease that keep a second process out of it."""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -15,17 +16,25 @@ from pathlib import Path
 from typing import IO, Any
 
 from trainer.config import ConfigError
+from trainer.mistakes import warn
+from trainer.report.lease import FolderLostError, Holder, Lease
 
 PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "wandb", "numpy", "omegaconf")
 
 
 class RunFolder:
-    """`output_dir` of one run. Files are replaced whole, except metrics.jsonl, which grows by whole lines."""
+    """`output_dir` of one run. Files are replaced whole, except metrics.jsonl, which grows by whole lines.
+
+    Two processes of one kernel are kept apart by its lock, which ends with its holder, however that ends. Not every
+    network file system passes locks on to other hosts, so there is a lease as well.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.lease = Lease(self.path)
         self._lock: IO[str] | None = None
-        self._metrics: IO[str] | None = None
+        self._metrics: IO[bytes] | None = None
+        self._complained = False
 
     @property
     def checkpoints(self) -> Path:
@@ -36,24 +45,41 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115 (held open for as long as the lock is)
+            self.lease.take(locked=self._locked())
         except OSError as error:
-            raise ConfigError(f"output_dir={self.path} cannot be written ({error.strerror}): choose another") from error
+            raise _unwritable(f"output_dir={self.path}", error) from error
+
+    def _locked(self) -> bool:
+        """Whether the kernel's lock is ours; False where this file system has none. ConfigError if it is another's."""
+        assert self._lock is not None
         try:
-            # The kernel drops it with the process, however that ends: a dead run never blocks the next.
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            pass
         except OSError:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "another process"
+            return False
+        holder = self.lease.read()
+        if holder is not None and Holder.this().succeeds(holder):
+            # Ranks of the attempt before that are dying and not yet dead keep the old file's lock for themselves.
+            os.unlink(self.path / ".lock")
             self._lock.close()
-            raise ConfigError(f"output_dir={self.path} is in use by {holder}: wait for it or choose another") from None
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._lock.flush()
+            self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115
+            return self._locked()
+        self._lock.close()
+        raise ConfigError(
+            f"output_dir={self.path} is in use by {holder or 'another process'}: wait for it or choose another"
+        )
+
+    def demand_held(self) -> None:
+        """FolderLostError if another process has taken this folder over, OSError if that cannot be known."""
+        self.lease.demand()
 
     def release(self) -> None:
         for file in (self._metrics, self._lock):
             if file is not None:
                 file.close()
+        self.lease.release()
 
     def read(self, name: str) -> dict[str, Any] | None:
         """The JSON object in file `name`, None where there is none."""
@@ -67,18 +93,51 @@ class RunFolder:
             ) from error
 
     def write(self, name: str, content: dict[str, Any] | str) -> None:
-        """Replace file `name` as a whole: readers see the old one or the new one."""
+        """Replace file `name` as a whole: readers see the old one or the new one. ConfigError if it cannot be."""
         text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
         aside = self.path / f".{name}.{os.getpid()}"
-        aside.write_text(text)
-        os.replace(aside, self.path / name)
+        try:
+            self.demand_held()
+            with open(aside, "w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, self.path / name)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                aside.unlink()
+            raise _unwritable(self.path / name, error) from error
+
+    def try_to_write(self, name: str, content: dict[str, Any] | str) -> None:
+        """As `write`, for what a run can do without: what cannot be written is warned of, once a run."""
+        try:
+            self.write(name, content)
+        except ConfigError as error:
+            self._complain(str(error))
+        except FolderLostError:
+            pass  # the saver has said so, and the run has ended for it
 
     def add_metrics(self, record: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
-        if self._metrics is None:
-            self._metrics = open(self.path / "metrics.jsonl", "a")  # noqa: SIM115 (kept open for the run)
-        self._metrics.write(json.dumps(record) + "\n")
-        self._metrics.flush()
+        """Append one line to metrics.jsonl, or none of it; what cannot be written is warned of, once a run."""
+        line = json.dumps(record).encode() + b"\n"
+        try:
+            if self._metrics is None:
+                # Unbuffered: a line that a full disk refused must not come back with the next one.
+                self._metrics = open(self.path / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115 (kept open)
+            end = os.fstat(self._metrics.fileno()).st_size
+            try:
+                while line:  # a disk that is nearly full takes a part, and refuses the rest
+                    line = line[self._metrics.write(line) :]
+            except OSError:
+                self._metrics.truncate(end)
+                raise
+        except OSError as error:
+            self._complain(str(_unwritable(self.path / "metrics.jsonl", error)))
+
+    def _complain(self, problem: str) -> None:
+        if not self._complained:
+            self._complained = True
+            warn(f"{problem}; training goes on without")
 
     def rewind_metrics(self, step: int) -> None:
         """Drop the lines of steps after `step`, which a resumed run takes again, and a line that a kill cut short."""
@@ -94,6 +153,10 @@ class RunFolder:
             if record["step"] <= step:
                 kept.append(line + "\n")
         self.write("metrics.jsonl", "".join(kept))
+
+
+def _unwritable(what: str | Path, error: OSError) -> ConfigError:
+    return ConfigError(f"{what} cannot be written ({error.strerror}): make room or choose another output_dir")
 
 
 def provenance(command: list[str], environment: dict[str, str]) -> dict[str, Any]:

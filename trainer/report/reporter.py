@@ -83,7 +83,7 @@ class Reporter(Silent):
     def finish(self, status: str, **facts: Any) -> None:
         speed, _ = self._watch.whole()
         summary = {"status": status, **facts, "images_per_second": speed, "wall_seconds": round(self.wall_seconds, 3)}
-        self._folder.write("summary.json", summary)
+        self._folder.try_to_write("summary.json", summary)
         self._wandb.finish(summary, 1 if status == "failed" else 0)
         self._console.close()
         top1 = summary.get("last_top1")
