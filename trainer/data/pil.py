@@ -1,9 +1,9 @@
 """Pillow and torchvision on a feed: what trainer/data/decoder.py does with DALI, in processes.
 
 For machines without DALI, and the yardstick for its pixels: a chunk is cut, resized, flipped and augmented by the
-functions that torchvision's transforms call, in their order. On the 300 real ImageNet files at 224 px it made 240
-images per CPU second where DALI made 344, with RandAugment 228 and 250; besides, the rank takes a CPU second for every
-1,200 to 1,550 images that it fetches from the processes and normalises.
+functions that torchvision's transforms call, in their order. On the 300 real ImageNet files at 224 px it made 287
+images per CPU second where DALI made 496, with RandAugment 256 and 361; besides, the rank takes a CPU second for every
+1,500 images that it fetches from the processes.
 """
 
 from __future__ import annotations
