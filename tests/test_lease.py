@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 
 from trainer.config import ConfigError
 from trainer.report.folder import RunFolder
@@ -181,12 +182,12 @@ def test_slurms_next_attempt_enters_though_the_one_before_still_has_the_lock(tmp
     environment = os.environ | {"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "1"}
     command = [sys.executable, "-c", script, str(tmp_path)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, env=environment, **pipes) as first:
+    with subprocess.Popen(command, cwd=REPOSITORY, text=True, env=environment, **pipes) as first:
         assert first.stdout.readline() == "held\n"
         with pytest.raises(ConfigError, match=rf"in use by process {first.pid} on .*, SLURM job 77"):
             RunFolder(tmp_path).acquire()
         environment["SLURM_RESTART_COUNT"] = "2"
-        with subprocess.Popen(command, text=True, env=environment, **pipes) as second:
+        with subprocess.Popen(command, cwd=REPOSITORY, text=True, env=environment, **pipes) as second:
             assert second.stdout.readline() == "held\n"
             _, errors = first.communicate("\n", timeout=60)
             assert first.returncode == 1 and "FolderLostError" in errors

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -133,14 +132,21 @@ def test_a_slow_copy_changes_nothing_of_what_a_run_saves(tmp_path: Path, monkeyp
     options = ["model.name=resnet20", "global_batch_size=4", "precision.amp=fp32", "optim.lr=0.01", "loop.max_steps=4"]
     options += ["data.source=synthetic", "data.synthetic_classes=4", "data.synthetic_samples=100", "data.image_size=16"]
     options += ["checkpoint.every_steps=1", "checkpoint.keep=9", "report.wandb=disabled", "loop.eval_every=0"]
-    complete = Snapshot.complete
-    for name, delay in (("fast", 0.0), ("slow", 0.3)):
+    complete, settle, asked = Snapshot.complete, Snapshot.settle, threading.Event()
 
-        def late(snapshot: Snapshot, delay: float = delay) -> None:
-            time.sleep(delay)
-            complete(snapshot)
+    def late(snapshot: Snapshot) -> None:
+        asked.wait(2)  # until the next update is about to be made; long enough for it to be over if nobody asks
+        asked.clear()
+        complete(snapshot)
 
-        monkeypatch.setattr(Snapshot, "complete", late)
+    def ask(snapshot: Snapshot) -> None:
+        asked.set()
+        settle(snapshot)
+
+    for name in ("fast", "slow"):
+        if name == "slow":
+            monkeypatch.setattr(Snapshot, "complete", late)
+            monkeypatch.setattr(Snapshot, "settle", ask)
         done = here("train", tmp_path / "empty.yaml", f"output_dir={tmp_path / name}", *options)
         assert done.status == 0, done.errors
     for step in range(1, 5):
