@@ -171,8 +171,14 @@ class Loop:
 
     eval_every: float = 1  # epochs between evaluations; 0: never
     max_steps: int | None = None  # end after this many steps; the schedule stays that of schedule.epochs
+    # A loss or gradient that is not finite: stop | skip (no rank takes that step) | rollback (to the last save, leaving
+    # out the data since).
+    on_nonfinite: str = "stop"
+    nonfinite_limit: int = 5  # skip: steps in a row, rollback: times in a run, after which it stops all the same
 
     def __post_init__(self) -> None:
+        one_of("loop.on_nonfinite", self.on_nonfinite, ("stop", "skip", "rollback"))
+        at_least("loop.nonfinite_limit", self.nonfinite_limit, 1)
         at_least("loop.eval_every", self.eval_every, 0)
         at_least("loop.max_steps", self.max_steps, 1)
         if self.eval_every != int(self.eval_every):
@@ -186,9 +192,13 @@ class Distributed:
     timeout: float = 600.0  # seconds after which a rank that waits for another gives up
     bucket_mb: int = 25  # gradients that are reduced together, DDP's default
     sync_bn: bool = False  # BatchNorm over all ranks
+    hang_after: float = 300.0  # seconds without progress after which the run names the rank that holds it up, and ends
+    check_every: int = 100  # steps between comparisons of the ranks' weights; 0: never
 
     def __post_init__(self) -> None:
         at_least("distributed.timeout", self.timeout, 1)
+        at_least("distributed.hang_after", self.hang_after, 1)
+        at_least("distributed.check_every", self.check_every, 0)
         at_least("distributed.bucket_mb", self.bucket_mb, 1)
 
 

@@ -20,23 +20,27 @@ def evaluate(
     batches: EvaluationBatches,
     world: World,
     dtype: torch.dtype | None,
-    progress: Callable[[int], None] = lambda images: None,
-) -> Averages:
+    stop: Callable[[], bool] = lambda: False,
+) -> Averages | None:
     """Cross-entropy and accuracy of `model` over the whole set; every rank calls it and gets the same.
+
+    None if `stop` said so.
 
     Args:
         model: the bare network, the same on every rank. Its mode is restored.
         dtype: to autocast to, None for fp32.
-        progress: called with this rank's number of images after each batch.
+        stop: asked after a batch, equally often on every rank; it must answer the same on all.
     """
     training = model.training
     model.eval()
     total = torch.zeros(4, dtype=torch.float64, device=world.device)
-    for images, labels in batches:
+    for number, (images, labels) in enumerate(batches):
         with autocast(dtype, world.device):
             logits = model(images).float()
         total += sums(functional.cross_entropy(logits, labels), logits, labels)
-        progress(len(labels))
+        if number < batches.common and stop():
+            model.train(training)
+            return None
     model.train(training)
     result = Pending(total, world).read()
     assert result.count == len(batches), f"evaluated {result.count} of {len(batches)} images"

@@ -10,6 +10,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from trainer.data.order import Order
 from trainer.data.table import DataError, Index
 from trainer.distributed import World
 from trainer.plan import Plan
+from trainer.signals import held
 
 VALIDATION_NAMES = ("val", "validation", "test")
 Batch = tuple[torch.Tensor, torch.Tensor]  # images (n, 3, size, size) in channels-last memory, labels int64 (n,)
@@ -72,19 +74,29 @@ def open_validation(config: Config, world: World) -> Index:
     return world.first_on_node(lambda: open_split(config.data.root, names))
 
 
-def training_batches(config: Config, data: DataSet, plan: Plan, world: World, first_step: int) -> Iterator[Batch]:
-    """This rank's forward batches (`plan.accumulation` of them a step), endless, beginning with step `first_step`."""
+def training_batches(
+    config: Config,
+    data: DataSet,
+    plan: Plan,
+    world: World,
+    first_step: int,
+    data_step: Callable[[int], int] = lambda step: step,
+) -> Iterator[Batch]:
+    """This rank's forward batches (`plan.accumulation` of them a step), endless, beginning with step `first_step`.
+
+    Args:
+        data_step: from a step to the step whose images it takes, where some were left out.
+    """
     if data.train is None:
         return _synthetic(config, plan, world)
     order = Order(config.seed, plan.samples)
     share = plan.batch * plan.accumulation
 
     def chunks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        first = first_step * plan.global_batch + world.rank * share
-        while True:
+        for step in count(first_step):
+            first = data_step(step) * plan.global_batch + world.rank * share
             for start in range(first, first + share, plan.batch):
                 yield order.at(start, plan.batch)
-            first += plan.global_batch
 
     feed = _TrainingFeed(config, data.train, chunks())
     return _Decoder(config, world, feed, plan.batch).batches()
@@ -100,6 +112,11 @@ class EvaluationBatches:
     def __len__(self) -> int:
         """Images in the whole set, over all ranks."""
         return len(self._index)
+
+    @property
+    def common(self) -> int:
+        """Batches that every rank has; some have one more."""
+        return -(-(len(self._index) // self._world.size) // self._batch)
 
     def __iter__(self) -> Iterator[Batch]:
         n, world = len(self._index), self._world
@@ -183,7 +200,8 @@ class _Decoder:
             **({"steps": feed.steps} if isinstance(feed, _TrainingFeed) else {}),
         )
         self._ahead: deque[np.ndarray] = deque()  # rows that DALI has and we have not, to name a bad file
-        self._pipeline = dali.build(self._graph, self._source)
+        with held():  # DALI's threads
+            self._pipeline = dali.build(self._graph, self._source)
 
     def batches(self, feed: _TrainingFeed | _EvaluationFeed | None = None) -> Iterator[Batch]:
         """Decode until the feed ends, then make ready for the next one."""
