@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         return MISTAKE if isinstance(error, ConfigError) else FAILED
     except Stopped as stop:
         if environment.place().rank == 0:
-            print(f"stopped by {stop.name} before the first step; the same command begins again", flush=True)
+            print(f"stopped by {stop.name} before the first step; the same command goes on", flush=True)
         return STOPPED
     except KeyboardInterrupt:
         return INTERRUPTED
