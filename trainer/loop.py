@@ -97,7 +97,8 @@ def train_steps(
         totals[5] = 1
         if learner.skipping:
             learner.skipping.restore(statistics, ~bad[1])
-            totals = torch.where(bad[1], totals.new_tensor([0, 0, 0, 0, 0, 0, 1]), totals)
+            totals = torch.where(bad[1], 0.0, totals)
+            totals[6] = bad[1]
         yield StepRecord(step, lr, totals, bad, waited)
 
 

@@ -54,11 +54,12 @@ def fresh_store(rank: int, size: int, timeout: float, poll: Callable[[], None]) 
     answered: dict[int, bytes] = {}
     while shared.add(f"joined/{name}", 0) < size - 1:
         for other in range(1, size):
-            # A challenge may be an old one's, and the living one's come later: answer each.
-            if shared.check([f"challenge/{other}"]) and (challenge := shared.get(f"challenge/{other}")) != answered.get(
-                other
-            ):
+            if not shared.check([f"challenge/{other}"]):
+                continue
+            challenge = shared.get(f"challenge/{other}")
+            if challenge != answered.get(other):  # what was there before may be a dead one's
                 shared.set(f"answer/{challenge.decode()}", name)
                 answered[other] = challenge
-        wait(f"ranks {', '.join(str(r) for r in range(1, size) if r not in answered) or '1 and up'}")
+        absent = [str(other) for other in range(1, size) if other not in answered]
+        wait(f"rank {', '.join(absent) or 'all others'}")
     return dist.PrefixStore(name, shared)

@@ -109,6 +109,7 @@ class Watch:
         self._place = Place(place.phases, place.moves + 1, place.phase, place.step)
 
     def __enter__(self) -> Watch:
+        self._tell()  # so that everybody knows everybody's host and process
         with held():
             self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
             self._thread.start()
@@ -169,10 +170,13 @@ class Watch:
             return
         for rank in range(self._here.size):
             key = f"beat/{rank}"
-            if rank == self._here.rank or not self._store.check([key]):
+            if rank == self._here.rank:
+                continue
+            if not self._store.check([key]):
+                changed.setdefault(rank, number)
                 continue
             beat = Beat.parse(self._store.get(key))
-            if rank not in changed or beat.number != self._seen[rank].number:
+            if rank not in changed or rank not in self._seen or beat.number != self._seen[rank].number:
                 changed[rank] = number
             self._seen[rank] = beat
 
@@ -214,7 +218,8 @@ class Watch:
             for number in range(_SILENT + 2):
                 self._look(changed, number)
                 # Those who themselves only lost somebody are not to blame.
-                gone = {rank: self._seen[rank] for rank in changed if self._gone(rank, number - changed[rank])}
+                known = changed.keys() & self._seen.keys()
+                gone = {rank: self._seen[rank] for rank in known if self._gone(rank, number - changed[rank])}
                 guilty = {rank: beat for rank, beat in gone.items() if PeerLostError.__name__ not in beat.ended}
                 if guilty:
                     break
