@@ -42,7 +42,7 @@ def test_the_rank_that_came_least_far_is_named(pair: tuple[list[Watch], list[str
     watches, said = pair
     watches[0].enter("update", 5)
     found = wait(said, 60)
-    assert "rank 1 holds up the run" in found and "step 5, phase backward" in found and "rank 0" not in found
+    assert "rank 1 holds up the run" in found and "in step 5, phase backward" in found and "rank 0" not in found
 
 
 def test_a_rank_without_a_beat_is_named_whoever_is_behind(pair: tuple[list[Watch], list[str]]) -> None:

@@ -76,7 +76,8 @@ class Beat:
 
     def __str__(self) -> str:
         why = f"; {self.ended}" if self.ended else ""
-        return f"process {self.pid} on {self.host}, step {self.place.step}, phase {self.place.phase}{why}"
+        place = f"last heard of in step {self.place.step}, phase {self.place.phase}"
+        return f"process {self.pid} on {self.host}, {place}{why}"
 
 
 class Watch:
@@ -131,10 +132,10 @@ class Watch:
             if self._store is None or isinstance(error, RunError) or not lost:
                 raise
             reason = str(error).strip().splitlines()[0].split(". ")[0]
-            here = self._here
+            here, place = self._here, self._place
             raise PeerLostError(
-                f"rank {here.rank} of {here.size} lost {self._who_is_gone() or 'another rank'} "
-                f"({reason}); the same command goes on from the last save"
+                f"rank {here.rank} of {here.size}, in step {place.step}, phase {place.phase}, "
+                f"lost {self._who_is_gone() or 'another rank'}: {reason}; the same command goes on from the last save"
             ) from error
 
     # The thread.
