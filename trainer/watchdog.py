@@ -11,6 +11,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -25,12 +26,13 @@ import torch.distributed as dist
 
 from trainer.config import RunError
 from trainer.distributed import World
-from trainer.signals import held
+from trainer.signals import Stopped, held
 
 FAILED = 1  # exit status of a process that ends itself
 # Where one rank works alone or a compiler runs, it may take so many times longer: all of the first step, these phases.
 PATIENCE = 10
 LONG = ("start", "save", "finish")
+_LEAVING = 5  # seconds for a process to end after an error
 _SILENT = 3  # beats that a living process does not miss in a row
 
 
@@ -121,6 +123,16 @@ class Watch:
         self._thread.join()
         with suppress(RuntimeError):
             self._tell(f"{kind.__name__}: {error}" if kind else "done")
+        if self._store is not None and error is not None and self._alone(error):
+            # Seen here: after an exception that one rank alone met, its process hung on its way out with its
+            # connections open, and the others waited for it. The alarm needs neither Python nor a living thread.
+            faulthandler.dump_traceback_later(_LEAVING, exit=True, file=sys.__stderr__)
+            signal.alarm(2 * _LEAVING)
+
+    @staticmethod
+    def _alone(error: BaseException) -> bool:
+        """Whether this rank leaves without the others."""
+        return not isinstance(error, Stopped) and not getattr(error, "everywhere", False)
 
     @contextmanager
     def naming_a_lost_peer(self) -> Iterator[None]:
