@@ -276,7 +276,7 @@ def test_a_file_damaged_in_mid_run_is_named_by_the_rank_that_met_it(config: Path
     assert re.search(r"error: .*class1/003\.JPEG \(row 11, class class1\) cannot be decoded", done.errors)
     # The other rank names this one, in one line and without a traceback.
     assert re.search(
-        r"error: rank \d of 2, in step 0, .* lost rank \d \(process \d+ on .*; UndecodableError: ", done.errors
+        r"error: rank \d of 2, in step \d, .* lost rank \d \(process \d+ on .*; UndecodableError: ", done.errors
     )
     assert summary(tmp_path / "run")["status"] == "failed"
 
