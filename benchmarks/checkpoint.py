@@ -55,6 +55,7 @@ def trained() -> RunState:
         accumulation=1,
         clip_norm=None,
         mix=None,
+        skipping=False,
         seed=0,
     )
     return RunState(learner, World(0, 0, 1, 1, torch.device("cpu")))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,28 +45,49 @@ def here(*arguments: object) -> Finished:
     return Finished(status, output.getvalue(), errors.getvalue())
 
 
+def workers(process: subprocess.Popen) -> list[int]:
+    """The processes of the ranks that a torchrun has started, each in a session of its own."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
+    return [int(number) for number in found.split()]
+
+
+def kill(process: subprocess.Popen) -> None:
+    """End a torchrun with all its ranks."""
+    for number in [process.pid, *workers(process)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, 9)
+
+
 def torchrun(*arguments: object, ranks: int, timeout: float = 240) -> Finished:
     """Run `torchrun -m trainer ARGUMENTS` with some ranks of one thread each."""
-    module = ["-m", "trainer", *map(str, arguments)]
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return torchrun_script("-m", "trainer", *arguments, ranks=ranks, timeout=timeout)
+
+
+def torchrun_script(*arguments: object, ranks: int, options: Sequence[str] = (), timeout: float = 240) -> Finished:
+    """Run `torchrun OPTIONS ARGUMENTS` with some ranks of one thread each."""
+    process = start_torchrun("--standalone", "--nproc-per-node", str(ranks), *options, *map(str, arguments))
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        output, errors = process.communicate()
+        pytest.fail(f"torchrun {arguments} did not end within {timeout} s:\n{output}\n{errors}")
+    return Finished(process.returncode, output, errors)
+
+
+def start_torchrun(*arguments: str) -> subprocess.Popen[str]:
+    """A torchrun under way."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        [*start, *module],
+    environment["PYTHONPATH"] = str(REPOSITORY)  # a script's own folder comes first, an installed trainer second
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *arguments],
         cwd=REPOSITORY,
         env=environment,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        start_new_session=True,  # so that a hang ends with all its ranks
     )
-    try:
-        output, errors = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        output, errors = process.communicate()
-        pytest.fail(f"{module} did not end within {timeout} s:\n{output}\n{errors}")
-    return Finished(process.returncode, output, errors)
 
 
 def metrics(run: Path, kind: str) -> list[dict]:

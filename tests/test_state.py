@@ -28,6 +28,7 @@ def trained(seed: int, width: int = 6, momentum: float = 0.9) -> RunState:
         accumulation=1,
         clip_norm=None,
         mix=None,
+        skipping=False,
         seed=0,
     )
     model(torch.randn(4, 3)).sum().backward()
@@ -79,7 +80,7 @@ def without(key: str):
         (lambda s: s["progress"].update(colour=1), r"progress\.colour is not known to this version"),
         (lambda s: s["scaler"].update(scale=1.0), r"scaler is of another precision\.amp"),
         (lambda s: s["ranks"].clear(), r"ranks is empty"),
-        (lambda s: s["ranks"][0].update(window=torch.ones(3)), r"ranks\.0\.window is \(3,\), and \(6,\) in this run"),
+        (lambda s: s["ranks"][0].update(window=torch.ones(3)), r"ranks\.0\.window is \(3,\), and \(7,\) in this run"),
         (lambda s: s["ranks"][0]["buffers"].clear(), r"ranks\.0\.1\.running_mean is missing"),
         (lambda s: s.update(model=[1]), r"it is not laid out as a run's state is"),
         (lambda s: s.update(ranks=None), r"it is not laid out as a run's state is"),

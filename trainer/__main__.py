@@ -1,14 +1,18 @@
-"""The commands. Each is a thin call; torch is imported only by those that need it."""
+"""The commands. Each is a thin call; torch is imported only by those that need it.
+
+Little is imported up here: until `train` has begun, a stop signal kills the process without a word.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from trainer import configfile, environment
+from trainer import environment
 from trainer.config import ConfigError, RunError
+from trainer.signals import INTERRUPTED, Stopped, StopSignals
 
-FAILED, MISTAKE, INTERRUPTED = 1, 2, 130  # exit statuses beside those of trainer.train
+FAILED, MISTAKE, STOPPED = 1, 2, 75  # exit statuses beside those of trainer.train
 DEMO: dict[str, int] = {}  # what a test makes smaller than make_demo's defaults
 
 
@@ -22,15 +26,22 @@ def main(arguments: list[str] | None = None) -> int:
         if not error.everywhere or environment.place().rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return MISTAKE if isinstance(error, ConfigError) else FAILED
+    except Stopped as stop:
+        if environment.place().rank == 0:
+            print(f"stopped by {stop.name} before the first step; the same command goes on", flush=True)
+        return STOPPED
     except KeyboardInterrupt:
         return INTERRUPTED
 
 
 def _train(options: argparse.Namespace) -> int:
-    config = configfile.load(options.config, options.overrides)
-    from trainer.train import train
+    with StopSignals() as signals:
+        from trainer import configfile
 
-    return train(config, sys.argv)
+        config = configfile.load(options.config, options.overrides)
+        from trainer.train import train
+
+        return train(config, sys.argv, signals)
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -75,6 +86,8 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _benchmark(options: argparse.Namespace) -> int:
+    from trainer import configfile
+
     config = configfile.load(options.config, options.overrides)
     from trainer import benchmark
 
@@ -83,6 +96,8 @@ def _benchmark(options: argparse.Namespace) -> int:
 
 
 def _describe(options: argparse.Namespace) -> int:
+    from trainer import configfile
+
     config = configfile.load(None, options.overrides)
     from trainer.models import build, summary
 

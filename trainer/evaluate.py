@@ -20,26 +20,37 @@ def evaluate(
     batches: EvaluationBatches,
     world: World,
     dtype: torch.dtype | None,
-    progress: Callable[[int], None] = lambda images: None,
-) -> Averages:
+    stop: Callable[[], bool] = lambda: False,
+) -> Averages | None:
     """Cross-entropy and accuracy of `model` over the whole set; every rank calls it and gets the same.
 
-    Images that cannot be decoded (`data.on_error=skip`) are in neither the sums nor the count.
+    Images that cannot be decoded (`data.on_error=skip`) are in neither the sums nor the count. None if `stop` said so.
 
     Args:
         model: the bare network, the same on every rank. Its mode is restored.
         dtype: to autocast to, None for fp32.
-        progress: called with this rank's number of images after each batch.
+        stop: asked after a batch, equally often on every rank; it must answer the same on all.
     """
     training = model.training
     model.eval()
     total = torch.zeros(5, dtype=torch.float64, device=world.device)
+    questions, stopped = batches.common, False
     for images, labels in batches:
         with autocast(dtype, world.device):
             logits = model(images).float()
         total[:4] += sums(functional.cross_entropy(logits, labels), logits, labels)
-        progress(len(labels))
+        if questions:
+            questions -= 1
+            stopped = stop()
+        if stopped:
+            break
+    # A batch of nothing but what cannot be decoded does not come, and the other ranks ask after theirs.
+    while questions and not stopped:
+        questions -= 1
+        stopped = stop()
     model.train(training)
+    if stopped:
+        return None
     total[4] = batches.left_out
     *totals, left_out = Pending(total, world).values()
     result = averages(totals)

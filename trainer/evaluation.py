@@ -43,6 +43,7 @@ def _evaluate(config: Config, weights: Path, here: World) -> dict[str, float]:
     batch = config.max_batch_per_gpu or max(1, min(256, config.global_batch_size // here.size))
     began = time.monotonic()
     found = evaluate(model, EvaluationBatches(config, index, here, batch), here, dtype)
+    assert found is not None, "nobody stops it"
     seconds = time.monotonic() - began
     return {**asdict(found), "images_per_second": round(found.count / seconds, 1)}
 

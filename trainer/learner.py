@@ -10,6 +10,7 @@ from trainer.data.loader import DataSet
 from trainer.distributed import World
 from trainer.loop import Learner, Mixing
 from trainer.models import build
+from trainer.nonfinite import Skipping
 from trainer.plan import Plan
 
 
@@ -40,6 +41,7 @@ def create(config: Config, plan: Plan, here: World, data: DataSet) -> Learner:
         accumulation=plan.accumulation,
         clip_norm=config.optim.clip_norm,
         mix=_mixing(config, plan, here, classes),
+        skipping=Skipping.of(build.unwrap(model)) if config.loop.on_nonfinite == "skip" else None,
         # Ranks and seeds a long way apart; the step is added to it.
         seed=(config.seed * 1_000_003 + here.rank) % 2**38 << 24,
     )

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from trainer.data.loader import Batch
 from trainer.metrics import sums
+from trainer.nonfinite import Skipping
 from trainer.optim import set_lr
 from trainer.precision import autocast
 
@@ -34,6 +36,7 @@ class Learner:
     accumulation: int
     clip_norm: float | None
     mix: Mixing | None  # None: nothing is mixed
+    skipping: Skipping | None  # None: a gradient that is not finite is applied, and found out later
     seed: int  # of what the network draws (dropout): a function of (seed, step), so that nothing needs saving
 
 
@@ -43,7 +46,10 @@ class StepRecord:
 
     step: int
     lr: float
-    totals: torch.Tensor  # float64 (5,): trainer.metrics.sums of this rank's images, then the gradient's norm
+    # float64 (7,): trainer.metrics.sums of this rank's images, the gradient's norm, 1 if the step was taken, 1 if
+    # skipped; then all others are 0
+    totals: torch.Tensor
+    bad: torch.Tensor  # bool (2,): this rank's loss, the gradient's norm is not finite
     data_seconds: float  # the host's wait for batches
 
 
@@ -55,34 +61,55 @@ class _Mixed(NamedTuple):
     labels: torch.Tensor
 
 
-def train_steps(learner: Learner, batches: Iterator[Batch], steps: Iterable[int]) -> Iterator[StepRecord]:
-    """Take `steps` one after the other, yielding a record after each."""
+def train_steps(
+    learner: Learner,
+    batches: Iterator[Batch],
+    steps: Iterable[int],
+    enter: Callable[[str, int], object] = lambda phase, step: None,
+) -> Iterator[StepRecord]:
+    """Take `steps` one after the other, yielding a record after each.
+
+    Args:
+        enter: called with the name of what begins (data, forward, backward, update) and the step.
+    """
     learner.model.train()
     for step in steps:
         lr = learner.lr_at(step)
         set_lr(learner.optimizer, lr)
         torch.manual_seed(learner.seed + step)
-        totals = torch.zeros(5, dtype=torch.float64, device=learner.device)
+        statistics = learner.skipping.snapshot() if learner.skipping else None
+        totals = torch.zeros(7, dtype=torch.float64, device=learner.device)
         waited = 0.0
         for micro in range(learner.accumulation):
+            enter("data", step)
             start = time.perf_counter()
             images, labels = next(batches)
             waited += time.perf_counter() - start
+            enter("forward", step)
             batch = _Mixed(images, labels, labels)
             if learner.mix is not None:
                 batch = _Mixed(*learner.mix(images, labels, step, micro), labels)
-            totals[:4] += _accumulate(learner, batch, last=micro == learner.accumulation - 1)
+            backward = partial(enter, "backward", step)
+            totals[:4] += _accumulate(learner, batch, backward, last=micro == learner.accumulation - 1)
+        enter("update", step)
         totals[4] = _update(learner)
-        yield StepRecord(step, lr, totals, waited)
+        bad = ~torch.stack([totals[0], totals[4]]).isfinite()
+        totals[5] = 1
+        if learner.skipping:
+            learner.skipping.restore(statistics, ~bad[1])
+            totals = torch.where(bad[1], 0.0, totals)
+            totals[6] = bad[1]
+        yield StepRecord(step, lr, totals, bad, waited)
 
 
-def _accumulate(learner: Learner, batch: _Mixed, *, last: bool) -> torch.Tensor:
+def _accumulate(learner: Learner, batch: _Mixed, backward: Callable[[], object], *, last: bool) -> torch.Tensor:
     """One forward and backward pass; only the last of a step reduces gradients over the ranks."""
     local = nullcontext() if last or not hasattr(learner.model, "no_sync") else learner.model.no_sync()
     with local:
         with autocast(learner.dtype, learner.device):
             logits = learner.model(batch.images)
             loss = learner.criterion(logits.float(), batch.targets)
+        backward()
         learner.scaler.scale(loss / learner.accumulation).backward()
     return sums(loss, logits, batch.labels)
 
@@ -94,7 +121,10 @@ def _update(learner: Learner) -> torch.Tensor:
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if learner.clip_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, learner.clip_norm, norm)
-    learner.scaler.step(learner.optimizer)
-    learner.scaler.update()
+    if learner.skipping and not learner.scaler.is_enabled():  # a scaler leaves such steps out by itself
+        learner.skipping.step(learner.optimizer, norm.isfinite())
+    else:
+        learner.scaler.step(learner.optimizer)
+        learner.scaler.update()
     learner.optimizer.zero_grad(set_to_none=True)
     return norm.detach()

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
-from trainer.config import RunError
 from trainer.distributed import World
-
-
-class NonFiniteError(RunError):
-    """The loss or the gradient is not a finite number."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +76,3 @@ def averages(totals: list[float]) -> Averages:
     """From [summed loss, right, right within five, images]."""
     loss, top1, top5, count = totals[:4]
     return Averages(loss / count, 100 * top1 / count, 100 * top5 / count, int(count))
-
-
-def demand_finite(value: float, first: int, last: int) -> None:
-    """NonFiniteError, naming the steps, unless `value`, summed over steps `first` to `last`, is finite."""
-    if not math.isfinite(value):
-        raise NonFiniteError(
-            f"the loss or the gradient is {value} somewhere in steps {first} to {last}: "
-            "lower optim.lr, lengthen schedule.warmup_epochs or set optim.clip_norm"
-        )

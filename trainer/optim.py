@@ -10,13 +10,20 @@ from trainer.config import Optim
 
 def create(options: Optim, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     """SGD with momentum over all trainable parameters of `model`, fused into one kernel on a GPU."""
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         decay_groups(model, options),
         lr=options.lr,
         momentum=options.momentum,
         nesterov=options.nesterov,
         fused=device.type == "cuda",
     )
+    if device.type == "cuda" and options.momentum:
+        # The fused kernel makes the buffers in its first step, and leaves them uninitialised if that step is skipped
+        # (torch 2.15): an overflow in the first step of fp16 would poison the run. From zero it starts the same.
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def decay_groups(model: nn.Module, options: Optim) -> list[dict]:

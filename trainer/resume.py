@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 from trainer import checkpoint, configfile
 from trainer.config import Config, ConfigError
 from trainer.data.loader import DataSet
+from trainer.nonfinite import Rollback
 from trainer.report.folder import RunFolder
 from trainer.state import RunState
 
@@ -23,6 +25,8 @@ FREE += (
     "checkpoint.",
     "report.",
 )
+
+ROLLBACKS = "rollbacks.json"
 
 
 def enter(folder: RunFolder, config: Config, state: RunState) -> Path | None:
@@ -56,3 +60,14 @@ def restore(state: RunState, newest: Path, config: Config, data: DataSet) -> Non
             "restore it, or choose another output_dir"
         )
     state.load_state_dict(saved)
+
+
+def rollbacks(folder: RunFolder) -> list[Rollback]:
+    """The rollbacks of the run so far, oldest first."""
+    return [Rollback(**one) for one in (folder.read(ROLLBACKS) or {}).get("rollbacks", [])]
+
+
+def record_rollbacks(folder: RunFolder, rollbacks: list[Rollback]) -> None:
+    """Write them down before a step is taken on their account: whoever resumes leaves out the same data."""
+    folder.rewind_metrics(rollbacks[-1].at)
+    folder.write(ROLLBACKS, {"rollbacks": [asdict(one) for one in rollbacks]})

@@ -6,7 +6,6 @@ dropping either would break the promise of checkpoint.every_steps, and queueing 
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -18,8 +17,8 @@ import torch
 
 from trainer import checkpoint
 from trainer.config import RunError
-from trainer.distributed import STOP_SIGNALS
 from trainer.retention import Retention
+from trainer.signals import held
 from trainer.snapshot import Snapshot
 
 NOTICEABLE = 1.0  # seconds of waiting that are worth a warning
@@ -153,8 +152,6 @@ class Saver(NoSaver):
 
     def _begin(self, work: Callable[[], None]) -> None:
         def run() -> None:
-            # A signal is for the main thread, which alone can act on it.
-            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
             try:
                 work()
             except BaseException as error:
@@ -163,7 +160,8 @@ class Saver(NoSaver):
         self._join()
         # A daemon: a second Ctrl-C ends the process without waiting for a disk that hangs.
         self._thread = threading.Thread(target=run, name="saver", daemon=True)
-        self._thread.start()
+        with held():
+            self._thread.start()
 
     def _join(self) -> None:
         if self._thread is not None:

@@ -42,8 +42,8 @@ class RunState:
         self.learner, self._here = learner, here
         self.model = build.unwrap(learner.model)
         self.progress = Progress()
-        # Since the last record: trainer.metrics.sums, then the gradients' norms and their number.
-        self.window = torch.zeros(6, dtype=torch.float64, device=here.device)
+        # Since the last record, the sum of trainer.loop.StepRecord.totals.
+        self.window = torch.zeros(7, dtype=torch.float64, device=here.device)
 
     def gather(self) -> list[dict[str, Any]]:
         """What each rank has of its own, by rank; every rank calls it."""
@@ -81,6 +81,7 @@ class RunState:
         self.learner.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         ranks = state["ranks"]
+        self.window.zero_()
         if len(ranks) == self._here.size:
             mine = ranks[self._here.rank]
             self.model.load_state_dict(mine["buffers"], strict=False)

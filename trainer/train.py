@@ -2,46 +2,55 @@
 
 from __future__ import annotations
 
-import secrets
 import signal
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from trainer import checkpoint, configfile, environment, learner, precision, resume
+from trainer import checkpoint, configfile, intake, learner, precision, resume
 from trainer.config import Config
 from trainer.data.loader import DataSet, EvaluationBatches, TrainingBatches, open_data
-from trainer.distributed import Agreement, World, naming_a_lost_peer, world
+from trainer.distributed import Agreement, World, world
+from trainer.divergence import WeightCheck
 from trainer.evaluate import evaluate
 from trainer.loop import train_steps
-from trainer.metrics import Pending, averages, demand_finite
 from trainer.models.buffers import averaged_buffers
+from trainer.nonfinite import NonFiniteError, Rollback, data_step
 from trainer.plan import Plan
-from trainer.report.console import counter
-from trainer.report.folder import RunFolder, provenance
+from trainer.report.folder import RunFolder
+from trainer.report.opening import introduce, write_origin
 from trainer.report.reporter import Reporter, Silent
 from trainer.report.wandb_run import WandbRun
 from trainer.saver import NoSaver, Saver
+from trainer.signals import Stopped, StopSignals
 from trainer.state import RunState
+from trainer.tally import Due, Tally
+from trainer.watchdog import Watch
 
 DONE, STOPPED = 0, 75  # exit statuses; 75 is EX_TEMPFAIL: run the same command again to go on
 
 
-def train(config: Config, command: list[str]) -> int:
+def train(config: Config, command: list[str], signals: StopSignals) -> int:
     """Run `config` to its end or to a signal, resuming what its output_dir holds; returns the exit status.
 
     Args:
         command: the command line, for the record.
+        signals: the stop signals, whose handler has stood since the process began.
 
     Raises:
         ConfigError: the user's mistake, before anything is written, or an image that cannot be decoded.
+        Stopped: a signal came before the first step.
         NonFiniteError: the loss is NaN or infinite.
+        DivergedError: the ranks' weights are no longer the same.
+        PeerLostError: another rank has ended.
     """
-    with world(config) as here, Agreement(here) as agreement:
+    with (
+        world(config, signals) as here,
+        Watch(here, config.output_dir, config.distributed.hang_after) as watch,
+        watch.naming_a_lost_peer(),
+    ):
         precision.set_kernels(config, here.device)
-        data = open_data(config, here, counter("reading image headers") if here.is_main else None)
+        data = open_data(config, here, intake.scanning(here, signals, watch))
         plan = Plan.of(config, here.size, data.samples)
         state = RunState(learner.create(config, plan, here, data), here)
         folder = RunFolder(config.output_dir)
@@ -49,7 +58,9 @@ def train(config: Config, command: list[str]) -> int:
             newest = here.on_main(lambda: resume.enter(folder, config, state))
             if newest is not None:
                 resume.restore(state, newest, config, data)
-            return _Run(config, here, agreement, plan, data, state, folder).go(command)
+            if caught := max(here.gather(signals.caught)):
+                raise Stopped(caught)
+            return _Run(config, here, Agreement(here, signals), watch, plan, data, state, folder).go(command)
         finally:
             folder.release()
 
@@ -61,6 +72,7 @@ class _Run:
     config: Config
     here: World
     agreement: Agreement
+    watch: Watch
     plan: Plan
     data: DataSet
     state: RunState
@@ -69,9 +81,9 @@ class _Run:
 
     def __post_init__(self) -> None:
         config, plan = self.config, self.plan
-        self.progress, self.learner = self.state.progress, self.state.learner
+        self.learner = self.state.learner
         self.last_step = min(plan.total_steps, config.loop.max_steps or plan.total_steps)
-        self.due: _Due | None = None
+        self.rollbacks: list[Rollback] = self.here.on_main(lambda: resume.rollbacks(self.folder))
         self.saved_at = time.monotonic()
         self.saver = NoSaver()
         if self.here.is_main:
@@ -81,6 +93,15 @@ class _Run:
         self.evaluation: EvaluationBatches | None = None
         if self.data.val is not None:
             self.evaluation = EvaluationBatches(config, self.data.val, self.here, plan.batch)
+        self._begin()
+
+    def _begin(self) -> None:
+        """From where the state stands, with nothing pending."""
+        self.progress = self.state.progress
+        self.began = self.progress.step
+        self.due: Due | None = None
+        self.tally = Tally(self.config, self.learner, self.here, self.state.window)
+        self.check = WeightCheck(self.state.model.parameters(), self.here, self.config.distributed.check_every)
 
     # What happens, in order.
 
@@ -92,9 +113,10 @@ class _Run:
             return DONE
         if self.here.is_main:
             self._open_report(command)
-        self._introduce()
+        facts = {"classes": len(self.data.classes), "after": self.progress.step}
+        introduce(self.reporter, self.config, self.plan, self.here, self.learner, **facts)
         try:
-            with naming_a_lost_peer(self.here):
+            with self.watch.naming_a_lost_peer():
                 stopped_by = self._train()
                 self.saver.finish()
                 self.here.barrier()  # torchrun kills the main rank if another leaves before the save is on disk
@@ -102,39 +124,54 @@ class _Run:
             self.saver.close()
             self._finish("failed", error=f"{type(error).__name__}: {error}")
             raise
+        self.watch.enter("finish")
         if stopped_by:
             self.reporter.say(f"stopped by {signal.Signals(stopped_by).name}; the same command goes on from here")
         self._finish("stopped" if stopped_by else "done")
         return STOPPED if stopped_by else DONE
 
     def _train(self) -> int:
+        """To the end, past what may be rolled back; returns the signal that ended it before, 0 at the end."""
+        if self.config.loop.on_nonfinite == "rollback" and self.progress.step == 0:
+            self._save()  # so that there is something to return to
+        while True:
+            try:
+                return self._epochs()
+            except NonFiniteError as error:
+                self._roll_back(error)
+
+    def _epochs(self) -> int:
         """From epoch's end to epoch's end; returns the signal that ended it, 0 at the end."""
-        batches = TrainingBatches(self.config, self.data, self.plan, self.here, self.progress.step)
+        first, taken = self.progress.step, data_step(self.rollbacks)
+        batches = TrainingBatches(self.config, self.data, self.plan, self.here, first, taken)
         while self.progress.closed < self.last_step:
             end = min(self.plan.epoch_end(self.progress.closed), self.last_step)
-            stopped_by = self._steps(batches, end)
-            if stopped_by:
-                self._save()
-                return stopped_by
-            top1 = self._evaluate() if self._evaluation_due(end) else None
-            self._account(batches)
-            self.progress.closed = end
+            top1, stopped_by = None, self._steps(batches, end)
+            if not stopped_by and self._evaluation_due(end):
+                top1, stopped_by = self._evaluate()
+            if not stopped_by:
+                intake.account(self.here, self.reporter, batches, self.evaluation)
+                self.progress.closed = end
             self._save(top1)
+            if stopped_by:
+                return stopped_by
         return 0
 
     def _steps(self, batches: TrainingBatches, end: int) -> int:
         """Step until `end`; returns the signal that all ranks agreed to stop for before that, 0 for none."""
-        for record in train_steps(self.learner, batches, range(self.progress.step, end)):
+        watch, first = self.watch, self.progress.step
+        for record in train_steps(self.learner, batches, range(first, end), self._enter):
             self.progress.step = record.step + 1
+            watch.enter("report")
             self.reporter.step(self.progress.step, record.data_seconds)
-            self.state.window[:5] += record.totals
-            self.state.window[5] += 1
+            self.tally.add(record)
+            self.check.after(self.progress.step)
             self._tell()
             self.saver.reserve(self.state.bulk)
             self.saver.check()
             if self.progress.step % self.config.report.log_every == 0 or self.progress.step == end:
-                self.due = _Due(self.progress.step, record.lr, Pending(self.state.window, self.here))
-                self.state.window.zero_()
+                self.due = self.tally.cut(self.progress.step, record.lr)
+            watch.enter("agree")
             stopped_by, save = self.agreement.agreed(self._save_due())
             if stopped_by:
                 return stopped_by
@@ -143,32 +180,37 @@ class _Run:
         self._tell()
         return 0
 
+    def _enter(self, phase: str, step: int) -> None:
+        self.watch.enter(phase if step > self.began else f"first {phase}", step)
+
     def _tell(self) -> None:
         """Report the record that fell due a step ago: by now the device has it."""
         if self.due is None:
             return
         due, self.due = self.due, None
-        *totals, norms, steps = due.totals.values()
-        # An infinite norm under a loss scaler is its business: it skips that step and lowers the scale.
-        value = totals[0] if self.learner.scaler.is_enabled() else totals[0] + norms
-        demand_finite(value, due.step - int(steps / self.here.size), due.step - 1)
-        self.reporter.train(due.step, averages(totals), due.lr, norms / steps)
+        found = self.tally.read(due)
+        if found.averages:
+            self.reporter.train(due.step, found.averages, due.lr, found.grad_norm)
+        if found.skipped:
+            blame = self.tally.blame(due)
+            self.reporter.say(f"warning: {found.skipped} steps before step {due.step} were skipped, {blame}")
 
-    def _account(self, batches: TrainingBatches) -> None:
-        """Put together what the ranks could not decode, tell it, and stop if it is too much."""
-        for kind, salvage in (
-            ("training", batches.salvage),
-            ("evaluation", self.evaluation and self.evaluation.salvage),
-        ):
-            if salvage is None:
-                continue
-            ranks = self.here.gather((salvage.bad, len(salvage.converted)))
-            bad = {row: reason for found, _ in ranks for row, reason in found.items()}
-            converted = sum(number for _, number in ranks)
-            if bad or converted:
-                self.reporter.left_out(kind, [bad[row] for row in sorted(bad)], converted)
-            if kind == "training":
-                salvage.learn(bad)
+    def _roll_back(self, error: NonFiniteError) -> None:
+        """Return to the last save and leave out the data since, or raise `error` if that is not to be."""
+        loop, reached = self.config.loop, self.progress.step
+        if loop.on_nonfinite != "rollback" or len(self.rollbacks) >= loop.nonfinite_limit:
+            raise error
+        self.saver.close()
+        newest = self.here.on_main(lambda: checkpoint.newest_whole(self.folder.checkpoints))
+        if newest is None:
+            raise error
+        resume.restore(self.state, newest, self.config, self.data)
+        self._begin()
+        back = Rollback(self.progress.step, reached - self.progress.step, str(error))
+        self.rollbacks = [*self.rollbacks, back]
+        self.here.on_main(lambda: resume.record_rollbacks(self.folder, self.rollbacks))
+        self.reporter.say(f"warning: {error}")
+        self.reporter.say(f"rolled back to step {back.at}, leaving out the data of {back.skipped} steps")
 
     # Evaluating and saving.
 
@@ -176,17 +218,27 @@ class _Run:
         every = self.config.loop.eval_every
         return self.evaluation is not None and (end == self.last_step or self.plan.epoch_of(end) % every == 0)
 
-    def _evaluate(self) -> float:
-        """Evaluate, report, and return top-1 in percent."""
+    def _evaluate(self) -> tuple[float | None, int]:
+        """Evaluate and report; returns top-1 in percent, or None and the signal that all ranks agreed to stop for."""
         assert self.evaluation is not None
-        began = time.monotonic()
+        began, stopped_by = time.monotonic(), 0
+        self.watch.enter("evaluate")
+
+        def stop() -> bool:
+            nonlocal stopped_by
+            self.watch.moved()
+            stopped_by, _ = self.agreement.agreed()
+            return stopped_by != 0
+
         with averaged_buffers(self.state.model, self.here):
-            found = evaluate(self.state.model, self.evaluation, self.here, self.learner.dtype)
+            found = evaluate(self.state.model, self.evaluation, self.here, self.learner.dtype, stop)
+        if found is None:
+            return None, stopped_by
         self.progress.last_top1 = found.top1
         self.progress.best_top1 = max(found.top1, self.progress.best_top1 or 0.0)
         self.reporter.evaluation(self.progress.step, found, time.monotonic() - began)
         self.reporter.pause()
-        return found.top1
+        return found.top1, 0
 
     def _save_due(self) -> bool:
         """Whether this rank finds that a save is due; the clock is the main rank's alone."""
@@ -199,9 +251,10 @@ class _Run:
 
     def _save(self, top1: float | None = None) -> None:
         """Begin a save on the main rank; a full disk is warned of and the run goes on."""
+        self.watch.enter("save")
         self._tell()
-        unfinished = Pending(self.state.window, self.here).values()
-        demand_finite(unfinished[0], self.progress.step - int(unfinished[5] / self.here.size), self.progress.step - 1)
+        self.check.settle()
+        self.tally.check(self.progress.step)
         ranks = self.state.gather()
         self.saved_at = time.monotonic()
         self.reporter.pause()
@@ -221,32 +274,10 @@ class _Run:
 
     # Words.
 
-    def _introduce(self) -> None:
-        """Say once what is trained, where, and the arithmetic."""
-        config, progress = self.config, self.progress
-        parameters = sum(p.numel() for p in self.state.model.parameters()) / 1e6
-        dtype = str(self.learner.dtype or torch.float32).removeprefix("torch.")
-        begun = f", going on after step {progress.step}" if progress.step else ""
-        self.reporter.say(f"run       {self.folder.path}{begun}")
-        self.reporter.say(
-            f"model     {config.model.name}: {parameters:.2f} M parameters, {len(self.data.classes)} classes"
-        )
-        self.reporter.say(f"devices   {self.here.size} x {self.here.device_name}, {dtype}")
-        self.reporter.say(f"plan      {self.plan}")
-        self.reporter.say(f"optim     {config.optim.name}, peak lr {config.optim.lr:g} as given: nothing is scaled")
-
     def _open_report(self, command: list[str]) -> None:
         """On the main rank: write down where the run comes from, and begin to report."""
         self.folder.rewind_metrics(self.progress.step)
-        before = self.folder.read("run.json") or {}
-        origin = {
-            **provenance(command, environment.recorded()),
-            "devices": f"{self.here.size} x {self.here.device_name}",
-            "seed": self.config.seed,
-            "plan": asdict(self.plan),
-            "wandb_id": before.get("wandb_id") or secrets.token_hex(4),
-        }
-        self.folder.write("run.json", origin)
+        origin = write_origin(self.config, self.plan, self.here, self.folder, command)
         facts = configfile.to_dict(self.config) | {"run": origin}
         wandb_run = WandbRun(self.config.report, self.folder.path, origin["wandb_id"], facts)
         self.reporter = Reporter(self.plan, self.folder, wandb_run, self.progress.wall_seconds)
@@ -261,12 +292,3 @@ class _Run:
             steps=progress.step,
             **facts,
         )
-
-
-@dataclass(frozen=True)
-class _Due:
-    """A record to be reported a step later."""
-
-    step: int
-    lr: float
-    totals: Pending

@@ -15,6 +15,7 @@ from trainer.data.feeds import Batch, Chunk, Feed, pixel_dtype
 from trainer.data.salvage import Salvage
 from trainer.data.table import DataError
 from trainer.distributed import World
+from trainer.signals import held
 
 
 class Decoder:
@@ -43,7 +44,7 @@ class Decoder:
         )
         self._next = 0  # the feed's chunk that DALI asks for next
         self._ahead: deque[int] = deque()  # chunks that DALI has and we have not
-        self._pipeline = dali.build(self._graph, self._source)
+        self._build()
 
     def batches(self, feed: Feed | None = None) -> Iterator[Batch]:
         """Decode until the feed ends, then make ready for the next one."""
@@ -60,6 +61,10 @@ class Decoder:
                 continue
             self._ahead.popleft()
             yield batch
+
+    def _build(self) -> None:
+        with held():  # DALI's threads
+            self._pipeline = dali.build(self._graph, self._source)
 
     def _source(self) -> tuple:
         """The next chunk in the form that the graph takes; see dali.Graph."""
@@ -107,4 +112,4 @@ class Decoder:
             self._salvage.take(int(rows[number]))
         self._next = self._ahead[0]
         self._ahead.clear()
-        self._pipeline = dali.build(self._graph, self._source)
+        self._build()

@@ -6,6 +6,7 @@ A feed is a function from the number of a forward batch to a chunk, and knows no
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,18 +43,31 @@ class Chunk:
 class TrainingFeed:
     """This rank's forward batches from a step on, without end."""
 
-    def __init__(self, config: Config, index: Index, plan: Plan, salvage: Salvage, rank: int, first_step: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        index: Index,
+        plan: Plan,
+        salvage: Salvage,
+        rank: int,
+        step_of: Callable[[int], int],
+    ) -> None:
+        """As the class says.
+
+        Args:
+            step_of: from the number of a step since the start to the step whose images it takes.
+        """
         self.augment, self.index = config.augment, index
         self.mode = "resized" if self.augment.crop == "resized" else "padded"
         self._config, self._plan, self._salvage = config, plan, salvage
         self._order = Order(config.seed, plan.samples, self.augment.repeats, plan.global_batch)
         self._acts = bool(policies.layers(self.augment)) or self.augment.erase > 0
-        self._first_step, self._offset = first_step, rank * plan.batch * plan.accumulation
+        self._step_of, self._offset = step_of, rank * plan.batch * plan.accumulation
 
     def chunk(self, number: int) -> Chunk:
         """Forward batch `number`, from 0: `plan.accumulation` of them are a step."""
         plan, config, index = self._plan, self._config, self.index
-        step = self._first_step + number // plan.accumulation
+        step = self._step_of(number // plan.accumulation)
         first = step * plan.global_batch + self._offset + number % plan.accumulation * plan.batch
         epochs, rows, repeats = self._order.at(first, plan.batch)
         rows = self._salvage.replaced(rows)

@@ -76,13 +76,26 @@ def open_validation(config: Config, world: World) -> Index:
 class TrainingBatches:
     """This rank's forward batches (`plan.accumulation` of them a step), endless, beginning with step `first_step`."""
 
-    def __init__(self, config: Config, data: DataSet, plan: Plan, world: World, first_step: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        data: DataSet,
+        plan: Plan,
+        world: World,
+        first_step: int,
+        data_step: Callable[[int], int] = lambda step: step,
+    ) -> None:
+        """As the class says.
+
+        Args:
+            data_step: from a step to the step whose images it takes, where some were left out.
+        """
         self.salvage: Salvage | None = None  # None: synthetic
         if data.train is None:
             self._batches = _synthetic(config, plan, world)
             return
         self.salvage = Salvage(config.data, data.train)
-        feed = TrainingFeed(config, data.train, plan, self.salvage, world.rank, first_step)
+        feed = TrainingFeed(config, data.train, plan, self.salvage, world.rank, lambda n: data_step(first_step + n))
         self._batches = _decoder(config, world, feed, plan.batch, self.salvage).batches()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -108,6 +121,11 @@ class EvaluationBatches:
     def left_out(self) -> int:
         """Images of this rank's share that cannot be decoded and are not among the batches."""
         return len(self.salvage.bad)
+
+    @property
+    def common(self) -> int:
+        """Batches that every rank has; some have one more."""
+        return -(-(len(self._index) // self._world.size) // self._batch)
 
     def __iter__(self) -> Iterator[Batch]:
         n, world = len(self._index), self._world

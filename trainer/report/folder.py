@@ -141,6 +141,9 @@ class RunFolder:
 
     def rewind_metrics(self, step: int) -> None:
         """Drop the lines of steps after `step`, which a resumed run takes again, and a line that a kill cut short."""
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return

@@ -1,0 +1,45 @@
+"""The start of a run's report: where it comes from, written down, and what it does, said once."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from trainer import environment
+from trainer.config import Config
+from trainer.distributed import World
+from trainer.loop import Learner
+from trainer.plan import Plan
+from trainer.report.folder import RunFolder, provenance
+from trainer.report.reporter import Silent
+
+
+def write_origin(config: Config, plan: Plan, here: World, folder: RunFolder, command: list[str]) -> dict[str, Any]:
+    """Write run.json, where the run comes from, and return it."""
+    before = folder.read("run.json") or {}
+    origin = {
+        **provenance(command, environment.recorded()),
+        "devices": f"{here.size} x {here.device_name}",
+        "seed": config.seed,
+        "plan": asdict(plan),
+        "wandb_id": before.get("wandb_id") or secrets.token_hex(4),
+    }
+    folder.write("run.json", origin)
+    return origin
+
+
+def introduce(
+    reporter: Silent, config: Config, plan: Plan, here: World, learner: Learner, *, classes: int, after: int
+) -> None:
+    """Say once what is trained, where, and the arithmetic; `after` steps are taken already."""
+    parameters = sum(p.numel() for p in learner.model.parameters()) / 1e6
+    dtype = str(learner.dtype or torch.float32).removeprefix("torch.")
+    begun = f", going on after step {after}" if after else ""
+    reporter.say(f"run       {config.output_dir}{begun}")
+    reporter.say(f"model     {config.model.name}: {parameters:.2f} M parameters, {classes} classes")
+    reporter.say(f"devices   {here.size} x {here.device_name}, {dtype}")
+    reporter.say(f"plan      {plan}")
+    reporter.say(f"optim     {config.optim.name}, peak lr {config.optim.lr:g} as given: nothing is scaled")
