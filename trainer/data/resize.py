@@ -28,6 +28,7 @@ class Resizer:
         return [self._pool.submit(_resize, images[share], into[share]) for share in shares]
 
 
+@torch.inference_mode()  # an evaluation's tensors may be filled in it alone, and a thread has a mode of its own
 def _resize(images: Sequence[torch.Tensor], into: Sequence[torch.Tensor]) -> None:
     for image, out in zip(images, into, strict=True):
         source = image.permute(2, 0, 1)[None]
