@@ -1,0 +1,88 @@
+"""The launcher's commands. Each is a thin call."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from launch import profile
+from trainer.config import ConfigError
+
+MISTAKE = 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    parser = _parser()
+    # argparse takes key=value only right behind CONFIG; here they may follow the flags too.
+    options, rest = parser.parse_known_args(arguments)
+    strange = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(options, "overrides")]
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if rest:
+        options.overrides += rest
+    try:
+        return options.command(options)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return MISTAKE
+    except KeyboardInterrupt:
+        return 130
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from launch import submit
+
+    config = submit.load(options.config, options.overrides)
+    order = submit.Order([config], _profile(options), options.nodes, Path(config.output_dir))
+    submit.check(order)
+    if options.dry_run:
+        print(submit.dry_run(order))
+        return 0
+    if options.local:
+        return submit.run_here(order)
+    submit.say(order, submit.submit(order))
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    from launch import status
+
+    print(status.table([Path(run) for run in options.runs]))
+    return 0
+
+
+def _profile(options: argparse.Namespace) -> profile.Profile:
+    given = {name: getattr(options, name) for name, _ in profile.flags() if getattr(options, name) is not None}
+    return profile.load(options.cluster, [f"{name}={value}" for name, value in given.items()])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="imagenet-launch", description="ImageNet training on SLURM.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    submit = commands.add_parser("submit", help="put the run that CONFIG describes into the queue")
+    submit.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/")
+    submit.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the config: optim.lr=0.2")
+    _cluster(submit)
+    submit.add_argument("--dry-run", action="store_true", help="print the batch script and the resolved config")
+    submit.add_argument("--local", action="store_true", help="run the same job on this machine, one node")
+    submit.set_defaults(command=_submit)
+
+    status = commands.add_parser("status", help="where runs stand: queue, step, accuracy, speed, time left")
+    status.add_argument("runs", nargs="+", metavar="RUN")
+    status.set_defaults(command=_status)
+    return parser
+
+
+def _cluster(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cluster", required=True, metavar="FILE", help="a cluster profile, see slurm/")
+    parser.add_argument("--nodes", type=int, default=1)
+    overriding = parser.add_argument_group("instead of what the profile says")
+    for name, kind in profile.flags():
+        overriding.add_argument(f"--{name.replace('_', '-')}", type=str if kind is bool else kind, metavar=kind.__name__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
