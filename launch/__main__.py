@@ -53,6 +53,45 @@ def _status(options: argparse.Namespace) -> int:
     return 0
 
 
+def _sweep(options: argparse.Namespace) -> int:
+    from launch import submit, sweep
+
+    found = sweep.variants(options.over, options.list)
+    home, configs = sweep.configs(options.config, options.overrides, found)
+    order = submit.Order(configs, _profile(options), options.nodes, home, options.limit)
+    submit.check(order)
+    if options.dry_run:
+        print(submit.dry_run(order))
+        return 0
+    submit.say(order, submit.submit(order))
+    return 0
+
+
+def _logs(options: argparse.Namespace) -> int:
+    from launch import logs
+
+    if not options.follow:
+        print(logs.text(Path(options.run), options.rank), end="")
+        return 0
+    for piece in logs.follow(Path(options.run), options.rank):
+        print(piece, end="", flush=True)
+    return 0
+
+
+def _cancel(options: argparse.Namespace) -> int:
+    from launch import cancel
+
+    for run in options.runs:
+        print(cancel.cancel(Path(run), options.wait))
+    return 0
+
+
+def _sync(options: argparse.Namespace) -> int:
+    from launch import sync
+
+    return sync.sync(Path(options.run))
+
+
 def _profile(options: argparse.Namespace) -> profile.Profile:
     given = {name: getattr(options, name) for name, _ in profile.flags() if getattr(options, name) is not None}
     return profile.load(options.cluster, [f"{name}={value}" for name, value in given.items()])
@@ -73,6 +112,31 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="where runs stand: queue, step, accuracy, speed, time left")
     status.add_argument("runs", nargs="+", metavar="RUN")
     status.set_defaults(command=_status)
+
+    sweep = commands.add_parser("sweep", help="several runs of one config as an array")
+    sweep.add_argument("config", metavar="CONFIG")
+    sweep.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of all runs")
+    _cluster(sweep)
+    sweep.add_argument("--over", nargs="+", default=[], metavar="KEY=V1,V2", help="every combination")
+    sweep.add_argument("--list", metavar="FILE", help="a YAML list of mappings, one a run")
+    sweep.add_argument("--limit", type=int, default=4, metavar="N", help="runs at a time (4)")
+    sweep.add_argument("--dry-run", action="store_true", help="print the batch script and the first run's config")
+    sweep.set_defaults(command=_sweep)
+
+    logs = commands.add_parser("logs", help="what a rank said, of every attempt")
+    logs.add_argument("run", metavar="RUN")
+    logs.add_argument("--rank", type=int, default=0, metavar="N")
+    logs.add_argument("--follow", action="store_true", help="as it grows, over requeues, until the job has ended")
+    logs.set_defaults(command=_logs)
+
+    cancel = commands.add_parser("cancel", help="save, then cancel the job")
+    cancel.add_argument("runs", nargs="+", metavar="RUN")
+    cancel.add_argument("--wait", type=float, default=120, metavar="SECONDS", help="for the save, at most (120)")
+    cancel.set_defaults(command=_cancel)
+
+    sync = commands.add_parser("sync", help="upload what W&B wrote offline")
+    sync.add_argument("run", metavar="RUN")
+    sync.set_defaults(command=_sync)
     return parser
 
 
@@ -81,7 +145,9 @@ def _cluster(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, default=1)
     overriding = parser.add_argument_group("instead of what the profile says")
     for name, kind in profile.flags():
-        overriding.add_argument(f"--{name.replace('_', '-')}", type=str if kind is bool else kind, metavar=kind.__name__)
+        overriding.add_argument(
+            f"--{name.replace('_', '-')}", type=str if kind is bool else kind, metavar=kind.__name__
+        )
 
 
 if __name__ == "__main__":

@@ -37,7 +37,9 @@ class Profile:
     setup: list[str] = field(default_factory=list)  # shell lines before Python: module load, source, ulimit
     environment: dict[str, str] = field(default_factory=dict)  # exported to every rank: NCCL's and W&B's variables
     python: str | None = None  # interpreter on the nodes; None: the one that submits
-    scratch: str | None = None  # folder on the node's own disk that the data set is copied to first; may name $VARIABLES
+    scratch: str | None = (
+        None  # folder on the node's own disk that the data set is copied to first; may name $VARIABLES
+    )
     container: str | None = None  # image that the ranks run in
     container_runtime: str = "pyxis"  # pyxis | apptainer
     container_mounts: list[str] = field(default_factory=list)  # HOST:CONTAINER, besides the run folder
@@ -60,7 +62,8 @@ class Profile:
             )
         if self.gres and self.gpus_per_node != _gpus_of(self.gres):
             raise ConfigError(
-                f"gres={self.gres} is not gpus_per_node={self.gpus_per_node}: write gres as gpu[:TYPE]:{self.gpus_per_node}"
+                f"gres={self.gres} is not gpus_per_node={self.gpus_per_node}: "
+                f"write gres as gpu[:TYPE]:{self.gpus_per_node}"
             )
         if self.signal_delay >= self.minutes * 60:
             raise ConfigError(

@@ -1,7 +1,7 @@
 """The state of a job: from squeue, then sacct, then the run folder.
 
-Not from submitit: without accounting it never learns that a job was killed, and it believes a node failure to be the end
-of a job that SLURM has put back into the queue. A job that comes back keeps its number, and only squeue knows.
+Not from submitit: without accounting it never learns that a job was killed, and it believes a node failure to be the
+end of a job that SLURM has put back into the queue. A job that comes back keeps its number, and only squeue knows.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def of(submitted: Submitted, ask: queue.Ask = queue.ask) -> State:
     """The state of a run's newest job."""
     # squeue knows live jobs, and ended ones for MinJobAge (300 s by default).
     for line in _lines(ask("squeue", "-h", "-j", submitted.job, "-t", "all", "-o", "%T|%N|%r")):
-        name, nodes, reason = (line.split("|") + ["", ""])[:3]
+        name, nodes, reason = [*line.split("|"), "", ""][:3]
         return State(name, nodes, "" if reason == "None" else reason)
     rows = _lines(ask("sacct", "-X", "-n", "-P", "-D", "-j", submitted.job, "-o", "State,NodeList"))
     if rows:

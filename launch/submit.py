@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import submitit
 
@@ -20,6 +22,7 @@ from trainer.plan import Plan
 from trainer.report.folder import RunFolder
 
 FOREVER = 1_000_000  # submitit's own count of restarts; ours goes by progress
+Sent = TypeVar("Sent")
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def submit(order: Order) -> list[Submitted]:
     launch, name = order.launch(), script.job_name(order.home)
     asked = f"{order.nodes} nodes with {order.profile.tasks_per_node} ranks each (partition={order.profile.partition})"
     queue.demand_possible(script.text(order.profile, launch, name, _limit(order)), asked)
-    return _with(order, launch, lambda: _sbatch(order, launch, name))
+    return _with(order, launch, lambda written: _sbatch(order, written, name))
 
 
 def run_here(order: Order) -> int:
@@ -94,7 +97,7 @@ def run_here(order: Order) -> int:
     )
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(attempt.free_port(20000 + os.getpid() % 20000))}
     os.environ.update({**meeting, **order.profile.environment})
-    job = _with(order, launch, lambda: executor.submit(Job(str(launch.folder))))
+    job = _with(order, launch, lambda written: executor.submit(Job(str(written.folder))))
     print(f"{launch.log(0, 0, 0)} says how it goes", flush=True)
     job.wait()
     summary = RunFolder(order.home).read("summary.json") or {}
@@ -119,7 +122,7 @@ def _sbatch(order: Order, launch: Launch, name: str) -> list[Submitted]:
     return submitted
 
 
-def _with(order: Order, launch: Launch, send):  # noqa: ANN001, ANN202
+def _with(order: Order, launch: Launch, send: Callable[[Launch], Sent]) -> Sent:
     """Write the launch down, and send it; nothing of it stays if that fails."""
     new = [Path(folder) for folder in dict.fromkeys([str(order.home), *order.runs]) if not Path(folder).exists()]
     try:
@@ -130,7 +133,7 @@ def _with(order: Order, launch: Launch, send):  # noqa: ANN001, ANN202
         for run in order.runs:
             (Path(run) / "launch").mkdir(parents=True, exist_ok=True)
             (Path(run) / "launch" / "cancel").unlink(missing_ok=True)
-        return send()
+        return send(launch)
     except (OSError, submitit.core.utils.FailedJobError) as error:
         shutil.rmtree(launch.folder, ignore_errors=True)
         for folder in new:
@@ -157,5 +160,6 @@ def _refuse_live(before: Submitted) -> None:
     found = state.of(before)
     if found.live:
         raise ConfigError(
-            f"{before.run} is job {before.job} already ({found.name}): wait for it, or python -m launch cancel {before.run}"
+            f"{before.run} is job {before.job} already ({found.name}): wait for it, or "
+            f"python -m launch cancel {before.run}"
         )
