@@ -40,9 +40,23 @@ def _submit(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(submit.dry_run(order))
         return 0
+    if submit.finished(order):
+        print(f"{order.home} is finished: nothing is left to do")
+        return 0
     if options.local:
         return submit.run_here(order)
     submit.say(order, submit.submit(order))
+    return 0
+
+
+def _freeze(options: argparse.Namespace) -> int:
+    from launch import submit
+
+    config = submit.load(options.config, options.overrides)
+    ranks = profile.Profile(gpus_per_node=0, ranks_per_node=options.ranks_per_node)
+    order = submit.Order([config], ranks, options.nodes, Path(config.output_dir))
+    submit.check(order)
+    print(submit.freeze(order))
     return 0
 
 
@@ -108,6 +122,13 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--dry-run", action="store_true", help="print the batch script and the resolved config")
     submit.add_argument("--local", action="store_true", help="run the same job on this machine, one node")
     submit.set_defaults(command=_submit)
+
+    freeze = commands.add_parser("freeze", help="copy code and config to the run folder (slurm/train.sbatch)")
+    freeze.add_argument("config", metavar="CONFIG")
+    freeze.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    freeze.add_argument("--nodes", type=int, default=1)
+    freeze.add_argument("--ranks-per-node", type=int, default=1)
+    freeze.set_defaults(command=_freeze)
 
     status = commands.add_parser("status", help="where runs stand: queue, step, accuracy, speed, time left")
     status.add_argument("runs", nargs="+", metavar="RUN")

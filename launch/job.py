@@ -46,7 +46,8 @@ def run(folder: Path, index: int) -> int:
     attempt = int(os.environ.get("LAUNCH_ATTEMPT", "0"))
     _log_into(launch.log(index, attempt, place.rank))
     profile = launch.profile()
-    bound = _bind(place, profile.cpus_per_rank) if profile.numa else None
+    alone = "RANK" not in os.environ  # a task a rank; torchrun has all of a node's ranks in one
+    bound = _bind(place, profile.cpus_per_rank) if profile.numa and alone else None
     print(
         f"rank {place.rank} of {place.size}, local {place.local_rank}, node {os.environ.get('SLURMD_NODENAME')}, "
         f"job {os.environ.get('SLURM_JOB_ID')}, attempt {attempt}, cores {bound or len(os.sched_getaffinity(0))}, "

@@ -8,6 +8,7 @@ from typing import Any
 from launch import state
 from launch.attempt import Record, read_lines
 from launch.record import Submitted
+from trainer import configfile
 from trainer.report.folder import RunFolder
 
 COLUMNS = ("run", "state", "job", "nodes", "step", "epoch", "top-1", "img/s", "left", "restarts", "note")
@@ -29,7 +30,7 @@ def row(run: Path) -> dict[str, str]:
     metrics = read_lines(run / "metrics.jsonl")
     last = {kind: next((m for m in reversed(metrics) if m["kind"] == kind), {}) for kind in ("train", "eval")}
     ends = [line for line in record.lines() if line["event"] == "end"]
-    total = ((RunFolder(run).read("run.json") or {}).get("plan") or {}).get("total_steps")
+    total = total_steps(run)
     step = max((m["step"] for m in metrics), default=0)
     return {
         "run": str(run),
@@ -44,6 +45,16 @@ def row(run: Path) -> dict[str, str]:
         "restarts": str(max(0, len(record.begun()) - 1)),
         "note": found.reason or (ends[-1]["reason"] if ends else ""),
     }
+
+
+def total_steps(run: Path) -> int | None:
+    """Steps from beginning to end, None before the run has begun."""
+    folder = RunFolder(run)
+    origin = folder.read("run.json")
+    if not origin:
+        return None
+    planned = origin["plan"]["total_steps"]
+    return min(planned, configfile.load(run / "config.yaml").loop.max_steps or planned)
 
 
 def left(metrics: list[dict[str, Any]], total: int | None) -> str:

@@ -70,6 +70,21 @@ def check(order: Order) -> None:
             _refuse_live(Submitted.of(Path(run)))
 
 
+def finished(order: Order) -> bool:
+    """Whether the run has been trained to the end of what its config asks for."""
+    folder, config = RunFolder(order.home), order.configs[0]
+    summary, origin = folder.read("summary.json"), folder.read("run.json")
+    if not summary or not origin or summary["status"] != "done":
+        return False
+    total = Plan.of(config, 1, origin["plan"]["samples"]).total_steps
+    return summary["steps"] >= min(total, config.loop.max_steps or total)
+
+
+def freeze(order: Order) -> Path:
+    """Freeze code and config for a job that somebody else submits; returns the launch's folder."""
+    return _with(order, order.launch(), lambda written: written.folder)
+
+
 def dry_run(order: Order) -> str:
     """The batch script and the resolved config of the first run."""
     launch = order.launch()
