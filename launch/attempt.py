@@ -141,7 +141,7 @@ def end(launch: Path, index: int, status: int) -> int:
         mistake=(launch / f"mistake-{index}-{attempt}").exists(),
         signal=summary.get("signal") if summary.get("status") == "stopped" else None,
         failed_step=failed,
-        failed_before=before[-1]["failed_step"] if before else None,
+        failed_before=before[-1].get("failed_step") if before else None,
         idle_restarts=record.idle_restarts(),
         max_restarts=facts["max_restarts"],
     )

@@ -144,7 +144,7 @@ def _with(order: Order, launch: Launch, send: Callable[[Launch], Sent]) -> Sent:
         record = snapshot.take(launch.code)
         launch = Launch(**{**vars(launch), **record})
         launch.write(order.profile, order.configs)
-        launch.submitit.mkdir()
+        launch.submitit.mkdir(exist_ok=True)  # submitit may have made it
         for run in order.runs:
             (Path(run) / "launch").mkdir(parents=True, exist_ok=True)
             (Path(run) / "launch" / "cancel").unlink(missing_ok=True)

@@ -257,9 +257,9 @@ def test_a_mistake_is_not_repeated(cluster: Cluster, config: Path, tmp_path: Pat
     ("flags", "words"),
     [
         (["--partition", "nope"], ["partition=nope", "nvalid partition", "gpu", "urgent"]),
-        (["--nodes", "3"], ["3 nodes", "not available"]),
+        (["--nodes", "4"], ["4 nodes", "not available"]),
         (["--gpus-per-node", "3"], ["does not divide among 6 ranks", "global_batch_size=16"]),
-        (["--gpus-per-node", "8"], ["8 ranks", "not available"]),
+        (["--gpus-per-node", "8"], ["8 ranks each", "not available"]),
         (["--cpus-per-rank", "64"], ["not available"]),
         (["--signal-delay", "4000"], ["signal_delay=4000", "minutes=30"]),
         (["optim.lrr=1"], ["optim.lrr", "optim.lr"]),
@@ -271,7 +271,7 @@ def test_what_cannot_run_is_refused_with_nothing_left_behind(
     queued = cluster.slurm("squeue", "-h", "-t", "all", "-o", "%i")
     command = ["submit", config, "--cluster", PROFILE, "--nodes", 2, f"output_dir={tmp_path}/run"]
     if "--gpus-per-node" in flags:
-        command[3] = REPOSITORY / "slurm" / "h100x8.yaml"
+        command[3] = REPOSITORY / "slurm" / "gpu1.yaml"
     done = cluster.launch(*command, *flags)
     assert done.status == 2 and done.errors.count("\n") == 1, done.errors
     assert all(word in done.errors for word in words), done.errors
