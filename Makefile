@@ -1,6 +1,7 @@
 # Everything on a fresh machine with python3 (3.10 or newer), make, git and a C compiler.
 #   make demo    install, draw a labelled JPEG set, train two ranks on it (about 3 minutes on 2 cores)
 #   make test    install, run the tests (under 15 minutes on 2 cores)
+#   make test-slurm  install, run the launcher on a real SLURM (apt-get install slurmctld slurmd slurm-client)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ RANKS ?= 2
 # Ranks share the cores: more threads than cores only makes them fight.
 THREADS := $(shell n=$$(( $$(nproc) / $(RANKS) )); [ $$n -ge 1 ] && echo $$n || echo 1)
 
-.PHONY: install demo test lint lock clean
+.PHONY: install demo test test-slurm lint lock clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -30,7 +31,10 @@ demo: install
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m trainer train configs/demo.yaml
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slurm"
+
+test-slurm: install
+	$(BIN)/python -m pytest -m slurm
 
 lint: install
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ from conftest import REPOSITORY, Finished
 from trainer import checkpoint
 
 SCRIPT = REPOSITORY / "slurm" / "test_cluster.sh"
-PATIENCE = 240  # seconds for whatever includes the start of four ranks, on a machine that others use too
+PATIENCE = 600  # seconds for whatever includes the start of four ranks, on a machine that others use too
 
 
 def until(condition: Callable[[], object], what: str, patience: float = PATIENCE, every: float = 0.1) -> object:
@@ -35,12 +35,13 @@ class Cluster:
     """The cluster of slurm/test_cluster.sh. Node names as SLURM knows them."""
 
     folder: Path
+    port: int  # the first of 20 that it takes
     nodes: list[str]
 
     @classmethod
     def start(cls, folder: Path, port: int) -> Cluster:
-        cluster = cls(folder, [])
-        cluster.script("start", BASE_PORT=str(port))
+        cluster = cls(folder, port, [])
+        cluster.script("start")
         cluster.nodes = sorted(cluster.slurm("sinfo", "-h", "-N", "-p", "gpu", "-o", "%N").split())
         return cluster
 
@@ -49,7 +50,7 @@ class Cluster:
         return kept | {"SLURM_CONF": str(self.folder / "slurm.conf"), "OMP_NUM_THREADS": "1"} | more
 
     def script(self, *arguments: str, **more: str) -> str:
-        environment = self.environment(SLURM_TEST_DIR=str(self.folder), **more)
+        environment = self.environment(SLURM_TEST_DIR=str(self.folder), BASE_PORT=str(self.port), **more)
         done = subprocess.run([str(SCRIPT), *arguments], env=environment, capture_output=True, text=True, timeout=90)
         assert done.returncode == 0, done.stderr
         return done.stdout

@@ -20,7 +20,7 @@ from conftest import REPOSITORY, summary
 
 from launch import snapshot
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
 PROFILE = REPOSITORY / "slurm" / "test.yaml"
 STEPS = 90
@@ -41,12 +41,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)
-    folder = tmp_path_factory.mktemp("slurm")
-    started = Cluster(folder, [])
+    folder, port = tmp_path_factory.mktemp("slurm"), 21000 + os.getpid() % 500 * 20
     try:
-        yield Cluster.start(folder, 21000 + os.getpid() % 500 * 20)
+        yield Cluster.start(folder, port)
     finally:
-        started.script("stop")
+        Cluster(folder, port, []).script("stop")
 
 
 @pytest.fixture(scope="session")
@@ -94,8 +93,18 @@ def test_a_job_runs_to_its_end_and_is_not_run_again(cluster: Cluster, config: Pa
     assert len(list((undisturbed.run / "launch").glob("2*"))) == 1
 
 
+@pytest.fixture(params=["USR2", "TERM"])
+def preempting(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[str]:
+    """The signal that a preempted job gets here."""
+    cluster.script("start", USER_SIGNAL=str(int(request.param == "USR2")))
+    cluster.slurm("scontrol", "reconfigure")
+    yield request.param
+    cluster.script("start")
+    cluster.slurm("scontrol", "reconfigure")
+
+
 def test_preempted_it_comes_back_with_the_code_of_the_submission(
-    cluster: Cluster, config: Path, undisturbed: Submission, tmp_path: Path
+    cluster: Cluster, config: Path, undisturbed: Submission, tmp_path: Path, preempting: str
 ) -> None:
     code = tmp_path / "checkout"
     snapshot.take(code)
@@ -108,6 +117,7 @@ def test_preempted_it_comes_back_with_the_code_of_the_submission(
     cluster.take_nodes(5)
     ending = until(lambda: run.events("end"), "the end of the first attempt")[0]
     assert (ending["verdict"], ending["status"]) == ("requeue", 75) and 20 <= ending["step"] < STEPS, ending
+    assert f"SIG{preempting}" in ending["reason"], ending
     run.ended("COMPLETED")
     same(run, undisturbed)
     begun = run.events("begin")
