@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from launch import profile
+from launch import profile, record
 from trainer.config import ConfigError
 
 MISTAKE = 2
@@ -63,7 +63,7 @@ def _freeze(options: argparse.Namespace) -> int:
 def _status(options: argparse.Namespace) -> int:
     from launch import status
 
-    print(status.table([Path(run) for run in options.runs]))
+    print(status.table([run for path in options.runs for run in record.runs_of(Path(path))]))
     return 0
 
 
@@ -95,8 +95,8 @@ def _logs(options: argparse.Namespace) -> int:
 def _cancel(options: argparse.Namespace) -> int:
     from launch import cancel
 
-    for run in options.runs:
-        print(cancel.cancel(Path(run), options.wait))
+    for run in [run for path in options.runs for run in record.runs_of(Path(path))]:
+        print(cancel.cancel(run, options.wait))
     return 0
 
 

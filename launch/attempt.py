@@ -1,6 +1,6 @@
 """The beginning and the end of an attempt, called by the batch script: where the ranks meet, and whether to come back.
 
-Standard library only, run as a file (`python3 CODE/launch/attempt.py begin LAUNCH`): with a container, only the host
+Standard library only, run as a file (`python3 -I CODE/launch/attempt.py begin LAUNCH`): with a container, only the host
 has `scontrol`, and its Python may have nothing else. `decide` is what the whole launcher turns on.
 """
 

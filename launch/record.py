@@ -95,6 +95,14 @@ class Submitted:
         (self.run / "launch" / "job.json").write_text(json.dumps(facts) + "\n")
 
 
+def runs_of(path: Path) -> list[Path]:
+    """The run at `path`, or the runs of the newest sweep there."""
+    launches = sorted((path / "launch").glob("*/launch.json"))
+    if (path / "launch" / "job.json").exists() or not launches:
+        return [path]
+    return [Path(run) for run in Launch.read(launches[-1].parent).runs]
+
+
 def fresh_folder(home: Path) -> Path:
     """Where a new launch of the run or sweep at `home` goes: never a folder of before, whose results would be taken for
     its own where a cluster has begun its job numbers anew."""

@@ -102,7 +102,7 @@ def _teardown(profile: Profile, launch: Launch) -> list[str]:
 def _attempt(profile: Profile, launch: Launch, what: str) -> str:
     interpreter = "python3" if profile.container else profile.python or sys.executable
     script = launch.code / "launch" / "attempt.py"
-    return " ".join(shlex.quote(str(part)) for part in (interpreter, script, what, launch.folder))
+    return " ".join(shlex.quote(str(part)) for part in (interpreter, "-I", script, what, launch.folder))
 
 
 def _srun(profile: Profile, launch: Launch) -> list[str]:

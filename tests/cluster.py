@@ -63,7 +63,9 @@ class Cluster:
     def launch(self, *arguments: object, code: Path = REPOSITORY) -> Finished:
         """Run `python -m launch ARGUMENTS` from the checkout at `code`."""
         command = [sys.executable, "-m", "launch", *map(str, arguments)]
-        done = subprocess.run(command, cwd=code, env=self.environment(), capture_output=True, text=True, timeout=180)
+        done = subprocess.run(
+            command, cwd=code, env=self.environment(), capture_output=True, text=True, timeout=PATIENCE
+        )
         return Finished(done.returncode, done.stdout, done.stderr)
 
     def state(self, job: str) -> str:
@@ -131,6 +133,17 @@ class Submission:
             os.kill(process, signal.SIGSTOP)
         assert len(ranks) == 4 and not self.events("end"), "it had ended already: more steps are needed"
         return ranks
+
+    def thaw_when_signalled(self, ranks: dict[int, int], number: int) -> None:
+        """Wake the ranks as soon as `number` waits for each of them."""
+
+        def waits(process: int) -> bool:
+            lines = Path(f"/proc/{process}/status").read_text().splitlines()
+            masks = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd", "ShdPnd"))]
+            return any(mask >> (number - 1) & 1 for mask in masks)
+
+        until(lambda: all(waits(process) for process in ranks.values()), f"signal {number}")
+        self.thaw(ranks)
 
     def thaw(self, ranks: dict[int, int]) -> None:
         for process in ranks.values():

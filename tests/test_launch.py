@@ -83,7 +83,7 @@ def test_in_a_container_only_the_ranks_are(submitted: Submitted, runtime: str) -
         gpus_per_node=2, container="image.sqsh", container_runtime=runtime, container_mounts=["/data:/data"]
     )
     text = script.text(wanted, submitted.launch, "name")
-    assert "begin=$(python3 " in text and "verdict=$(python3 " in text  # scontrol is the host's alone
+    assert "begin=$(python3 -I " in text and "verdict=$(python3 -I " in text  # scontrol is the host's alone
     ranks = next(line for line in text.splitlines() if line.startswith("srun"))
     assert "image.sqsh" in ranks and "/data:/data" in ranks and f"{submitted.run}:{submitted.run}" in ranks
     assert ("--container-image" in ranks) == (runtime == "pyxis") and "env --ignore-signal=USR2" in ranks

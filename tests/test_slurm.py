@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -186,17 +187,21 @@ def test_a_node_that_dies_is_waited_for(
         cluster.script("start-node", lost)
     run.ended("COMPLETED")
     same(run, undisturbed)
-    assert run.status()["restarts"] == "1"
+    # Two where the controller did not know yet that the node was gone and tried it once more.
+    assert 1 <= int(run.status()["restarts"]) <= 2
 
 
 def test_cancelled_it_has_saved_and_stays_away(
     cluster: Cluster, config: Path, undisturbed: Submission, tmp_path: Path
 ) -> None:
     run = submit(cluster, config, tmp_path / "run")
-    run.freeze(20)
+    ranks = run.freeze(20)
     refused = cluster.launch("submit", config, "--cluster", PROFILE, "--nodes", 2, f"output_dir={run.run}")
     assert refused.status == 2 and f"is job {run.job} already (RUNNING)" in refused.errors
-    done = cluster.launch("cancel", run.run)
+    with ThreadPoolExecutor() as pool:
+        cancelling = pool.submit(cluster.launch, "cancel", run.run, "--wait", PATIENCE)
+        run.thaw_when_signalled(ranks, signal.SIGUSR2)
+        done = cancelling.result()
     assert done.status == 0 and "saved and cancelled" in done.output, done.output + done.errors
     assert run.state == "CANCELLED" and len(run.events("begin")) == 1
     saved = run.events("end")[0]["step"]
