@@ -2,6 +2,7 @@
 #   make demo    install, draw a labelled JPEG set, train two ranks on it (about 3 minutes on 2 cores)
 #   make test    install, run the tests (under 15 minutes on 2 cores)
 #   make test-faults    install, run the long fault injection
+#   make test-slurm     install, run the launcher on a real SLURM (apt-get install slurmctld slurmd slurm-client)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +11,7 @@ RANKS ?= 2
 # Ranks share the cores: more threads than cores only makes them fight.
 THREADS := $(shell n=$$(( $$(nproc) / $(RANKS) )); [ $$n -ge 1 ] && echo $$n || echo 1)
 
-.PHONY: install demo test test-faults lint lock clean
+.PHONY: install demo test test-faults test-slurm lint lock clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -31,10 +32,13 @@ demo: install
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m trainer train configs/demo.yaml
 
 test: install
-	$(BIN)/python -m pytest -m "not faults"
+	$(BIN)/python -m pytest -m "not faults and not slurm"
 
 test-faults: install
 	$(BIN)/python -m pytest -m faults
+
+test-slurm: install
+	$(BIN)/python -m pytest -m slurm
 
 lint: install
 	$(BIN)/ruff check .

@@ -27,6 +27,7 @@ COLUMNS = [
     {"__main__"},
 ]
 SOURCES = sorted((REPOSITORY / "trainer").rglob("*.py"))
+LAUNCHER = sorted((REPOSITORY / "launch").glob("*.py"))
 
 
 def place(module: str) -> int:
@@ -69,6 +70,19 @@ def test_data_package_has_an_order_of_its_own() -> None:
             assert inner & set(order) <= set(order[: order.index(path.stem)]), path
 
 
+def test_launch_has_an_order_of_its_own() -> None:
+    columns = [{"attempt", "affinity", "snapshot", "queue", "profile"}, {"record"}, {"job", "script", "state"}]
+    columns += [{"submit", "status", "logs", "cancel", "sync"}, {"sweep"}, {"__main__"}]
+    for path in LAUNCHER:
+        at = next((i for i, column in enumerate(columns) if path.stem in column), None)
+        assert at is not None or path.stem == "__init__", f"{path} has no place"
+        names = imported(ast.parse(path.read_text()))
+        for name in {n.split(".")[1] for n in names if n.startswith("launch.")}:
+            assert any(name in column for column in columns[:at]), f"{path} imports {name}, which is not left of it"
+    # Run as a file by whatever Python a node has.
+    assert imported(ast.parse((REPOSITORY / "launch" / "attempt.py").read_text())).isdisjoint({"trainer", "omegaconf"})
+
+
 def test_only_one_file_reads_the_environment() -> None:
     readers = {p.name for p in SOURCES if re.search(r"os\.(environ|getenv)", p.read_text())}
     assert readers == {"environment.py"}
@@ -93,5 +107,5 @@ def test_main_rank_is_named_only_where_it_matters() -> None:
 
 
 def test_modules_are_short() -> None:
-    long = {str(p): n for p in SOURCES if (n := len(p.read_text().splitlines())) > 300}
+    long = {str(p): n for p in [*SOURCES, *LAUNCHER] if (n := len(p.read_text().splitlines())) > 300}
     assert not long, "over 300 lines is a design question"

@@ -10,21 +10,26 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config import Config, ConfigError
 
-SECTIONS = tuple(f.name for f in dataclasses.fields(Config) if f.default_factory is not dataclasses.MISSING)
+Schema = TypeVar("Schema")
 
 
 def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read CONFIG with its bases, then `key=value` on top; ConfigError names whatever is wrong."""
-    merged = OmegaConf.structured(Config)
+    return load_as(Config, path, overrides)
+
+
+def load_as(schema: type[Schema], path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Schema:
+    """Read a file of the options of `schema`, a dataclass, as `load` reads a Config."""
+    merged = OmegaConf.structured(schema)
     for source, layer in [*(_layers(Path(path)) if path else []), *map(_override, overrides)]:
-        _refuse_unknown(layer, source)
+        _refuse_unknown(layer, source, schema)
         try:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
@@ -33,7 +38,7 @@ def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(_wrong_type(error, str(path))) from error
-    assert isinstance(config, Config)  # noqa: S101 (ours, not the user's: to_object returns the structured type)
+    assert isinstance(config, schema)  # noqa: S101 (ours, not the user's: to_object returns the structured type)
     return config
 
 
@@ -83,12 +88,15 @@ def _override(text: str) -> tuple[str, DictConfig]:
         raise ConfigError(f"{text!r}: the value is not readable as YAML: {' '.join(str(error).split())}") from error
 
 
-def _refuse_unknown(layer: DictConfig, source: str) -> None:
-    known = _keys(OmegaConf.structured(Config))
+def _refuse_unknown(layer: DictConfig, source: str, schema: type) -> None:
+    structure = OmegaConf.structured(schema)
+    known = _keys(structure)
+    sections = [key for key in structure if isinstance(structure._get_node(key), DictConfig)]
+    free = [key for key in sections if not structure[key]]  # a plain mapping, whose keys are the user's
     for key in _keys(layer):
-        if key in SECTIONS and not isinstance(layer[key], DictConfig):
+        if key in sections and not isinstance(layer[key], DictConfig):
             raise ConfigError(f"{source}: {key} is a section, not a value; write {key}.NAME=VALUE")
-        if key in known:
+        if key in known or key.split(".")[0] in free:
             continue
         # A typo may sit in the section as well as in the name, so both the whole key and its last part are compared.
         last = {k: k.rsplit(".", 1)[-1] for k in known}

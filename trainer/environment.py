@@ -71,7 +71,10 @@ def make_cublas_deterministic() -> None:
 
 def cores(local_size: int) -> int:
     """CPU cores for each of `local_size` ranks on this node: a share of those the node lets this process use."""
-    return max(1, len(os.sched_getaffinity(0)) // local_size)
+    usable = len(os.sched_getaffinity(0))
+    if "RANK" not in os.environ and "SLURM_STEP_ID" in os.environ and "SLURM_CPUS_PER_TASK" in os.environ:
+        return max(1, min(usable, int(os.environ["SLURM_CPUS_PER_TASK"])))  # SLURM may have bound each rank already
+    return max(1, usable // local_size)
 
 
 def threads_chosen() -> bool:

@@ -30,6 +30,7 @@ def create(config: Config, plan: Plan, here: World, data: DataSet) -> Learner:
         bucket_mb=config.distributed.bucket_mb,
         sync_bn=config.distributed.sync_bn,
     )
+    build.settle_buckets(model, here, config.data.image_size)
     return Learner(
         model=model,
         optimizer=optim.create(config.optim, model, here.device),

@@ -127,7 +127,9 @@ class _Run:
         self.watch.enter("finish")
         if stopped_by:
             self.reporter.say(f"stopped by {signal.Signals(stopped_by).name}; the same command goes on from here")
-        self._finish("stopped" if stopped_by else "done")
+            self._finish("stopped", signal=signal.Signals(stopped_by).name)
+        else:
+            self._finish("done")
         return STOPPED if stopped_by else DONE
 
     def _train(self) -> int:

@@ -231,6 +231,22 @@ def parallelize(
     return model
 
 
+def settle_buckets(model: nn.Module, world: World, image_size: int) -> None:
+    """Let DDP choose its buckets now, by a backward pass whose gradients are thrown away; all ranks call this.
+
+    DDP lays the gradients out anew, in the order they came in, after its first backward pass. Where a gradient stands
+    decides in which order more than two ranks are added, so the first step of a process rounds differently from the
+    same step of one that runs already: with four gloo ranks a resumed run's weights were not those of an unbroken one.
+    """
+    # Two numbers have one sum; and a compiled network would be compiled once more for this.
+    if world.size <= 2 or not isinstance(model, DistributedDataParallel) or "_orig_mod" in model.module._modules:
+        return
+    model.eval()  # leaves BatchNorm's statistics and the random numbers alone
+    model(torch.zeros(1, 3, image_size, image_size, device=world.device)).sum().backward()
+    model.zero_grad(set_to_none=True)
+    model.train()
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The bare module inside DDP and torch.compile, in either order; the module itself when it is bare."""
     while True:

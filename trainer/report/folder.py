@@ -173,14 +173,21 @@ def provenance(command: list[str], environment: dict[str, str]) -> dict[str, Any
     return {
         "command": command,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain")),
+        **_code(),
         "python": sys.version.split()[0],
         "versions": versions,
         "host": socket.gethostname(),
         "machine": platform.platform(),
         "environment": environment,
     }
+
+
+def _code() -> dict[str, Any]:
+    """The commit that runs, and whether it was changed; of frozen code what launch/snapshot.py wrote beside it."""
+    frozen = Path(__file__).resolve().parents[2] / "SNAPSHOT.json"
+    if frozen.exists():
+        return json.loads(frozen.read_text())
+    return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))}
 
 
 def _git(*arguments: str) -> str | None:
