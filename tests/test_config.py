@@ -110,8 +110,9 @@ def test_every_option_is_annotated_frozen_and_in_a_section_named_after_a_module(
 
 def test_every_option_is_read_somewhere() -> None:
     sources = "".join(p.read_text() for p in (REPOSITORY / "trainer").rglob("*.py") if not p.name.startswith("config"))
-    # Two are read through the properties that give them their defaults.
+    # Some are read through the properties that give them their defaults.
     by_property = {"data.eval_size": "crop_size", "data.eval_resize": "short_side"}
+    by_property |= {"schedule.step_epochs": "boundaries", "schedule.epochs": "length"}
     names = {key: by_property.get(key, key.split(".")[-1]) for key in configfile.flat(Config())}
     unread = [key for key, name in names.items() if f".{name}" not in sources]
     assert not unread, "an option that nothing reads is a promise that nobody keeps"

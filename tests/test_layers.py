@@ -12,12 +12,13 @@ from conftest import REPOSITORY
 # From left to right; imports point left. Within a column they never do, except inside a package, by its own order.
 COLUMNS = [
     {"mistakes"},
-    {"config_augment"},
+    {"config_augment", "config_model", "config_optim", "config_contradictions"},
     {"config"},
     {"configfile", "plan", "environment"},
     {"distributed"},
-    {"data", "models"},
-    {"optim", "schedule", "losses", "mix", "ema", "metrics", "precision"},
+    {"data", "models", "lars"},
+    {"optim", "schedule", "losses", "mix", "ema", "metrics", "precision", "sam"},
+    {"teacher", "precise"},
     {"loop", "evaluate"},
     {"checkpoint", "report", "state", "learner"},
     {"resume"},

@@ -12,9 +12,12 @@ import torch
 from torch import nn
 
 from trainer.data.loader import Batch
+from trainer.ema import Average
 from trainer.metrics import sums
-from trainer.optim import set_lr
+from trainer.optim import Clip, set_lr
 from trainer.precision import autocast
+from trainer.sam import uphill
+from trainer.teacher import Teacher
 
 # (images, labels, step, which forward batch of the step) to (images, targets)
 Mixing = Callable[[torch.Tensor, torch.Tensor, int, int], tuple[torch.Tensor, torch.Tensor]]
@@ -32,7 +35,10 @@ class Learner:
     device: torch.device
     dtype: torch.dtype | None  # to autocast to
     accumulation: int
-    clip_norm: float | None
+    clip: Clip | None
+    average: Average | None  # of the weights, beside them
+    teacher: Teacher | None
+    uphill: Callable[[int], float]  # how far the gradient of a step is taken uphill; 0: where the weights stand
     mix: Mixing | None  # None: nothing is mixed
     seed: int  # of what the network draws (dropout): a function of (seed, step), so that nothing needs saving
 
@@ -63,7 +69,7 @@ def train_steps(learner: Learner, batches: Iterator[Batch], steps: Iterable[int]
         set_lr(learner.optimizer, lr)
         torch.manual_seed(learner.seed + step)
         totals = torch.zeros(5, dtype=torch.float64, device=learner.device)
-        waited = 0.0
+        waited, seen = 0.0, []
         for micro in range(learner.accumulation):
             start = time.perf_counter()
             images, labels = next(batches)
@@ -72,7 +78,13 @@ def train_steps(learner: Learner, batches: Iterator[Batch], steps: Iterable[int]
             if learner.mix is not None:
                 batch = _Mixed(*learner.mix(images, labels, step, micro), labels)
             totals[:4] += _accumulate(learner, batch, last=micro == learner.accumulation - 1)
+            if learner.uphill(step):  # otherwise an accumulated step would hold all of its images
+                seen.append(batch)
+        if learner.uphill(step):
+            _gradient_uphill(learner, step, seen)
         totals[4] = _update(learner)
+        if learner.average is not None:
+            learner.average.update(step)
         yield StepRecord(step, lr, totals, waited)
 
 
@@ -83,8 +95,18 @@ def _accumulate(learner: Learner, batch: _Mixed, *, last: bool) -> torch.Tensor:
         with autocast(learner.dtype, learner.device):
             logits = learner.model(batch.images)
             loss = learner.criterion(logits.float(), batch.targets)
+            if learner.teacher is not None:
+                loss = learner.teacher.blended(loss, logits.float(), batch.images)
         learner.scaler.scale(loss / learner.accumulation).backward()
     return sums(loss, logits, batch.labels)
+
+
+def _gradient_uphill(learner: Learner, step: int, batches: list[_Mixed]) -> None:
+    """Take the gradients of `batches` anew, uphill of the weights, with the same dropout."""
+    torch.manual_seed(learner.seed + step)
+    with uphill(learner.model, learner.uphill(step)):
+        for batch in batches:
+            _accumulate(learner, batch, last=batch is batches[-1])
 
 
 def _update(learner: Learner) -> torch.Tensor:
@@ -92,8 +114,8 @@ def _update(learner: Learner) -> torch.Tensor:
     learner.scaler.unscale_(learner.optimizer)
     parameters = [p for group in learner.optimizer.param_groups for p in group["params"]]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if learner.clip_norm is not None:
-        nn.utils.clip_grads_with_norm_(parameters, learner.clip_norm, norm)
+    if learner.clip is not None:
+        learner.clip([p for p in parameters if p.grad is not None], norm)
     learner.scaler.step(learner.optimizer)
     learner.scaler.update()
     learner.optimizer.zero_grad(set_to_none=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,9 +17,10 @@ from trainer.data.loader import DataSet, EvaluationBatches, TrainingBatches, ope
 from trainer.distributed import Agreement, World, naming_a_lost_peer, world
 from trainer.evaluate import evaluate
 from trainer.loop import train_steps
-from trainer.metrics import Pending, averages, demand_finite
+from trainer.metrics import Averages, Pending, averages, demand_finite
 from trainer.models.buffers import averaged_buffers
 from trainer.plan import Plan
+from trainer.precise import precise_statistics
 from trainer.report.console import counter
 from trainer.report.folder import RunFolder, provenance
 from trainer.report.reporter import Reporter, Silent
@@ -80,7 +82,7 @@ class _Run:
 
     def go(self, command: list[str]) -> int:
         """Train to the end or to a signal; returns the exit status."""
-        if self.progress.closed >= self.last_step:
+        if self._complete():
             if self.here.is_main:
                 print(f"{self.folder.path} is finished ({self.progress.step} steps): nothing is left to do")
             return DONE
@@ -101,7 +103,7 @@ class _Run:
     def _train(self) -> int:
         """From epoch's end to epoch's end; returns the signal that ended it, 0 at the end."""
         batches = TrainingBatches(self.config, self.data, self.plan, self.here, self.progress.step)
-        while self.progress.closed < self.last_step:
+        while not self._complete():
             end = min(self.plan.epoch_end(self.progress.closed), self.last_step)
             stopped_by = self._steps(batches, end)
             if stopped_by:
@@ -159,6 +161,12 @@ class _Run:
             if kind == "training":
                 salvage.learn(bad)
 
+    def _complete(self) -> bool:
+        """Whether the end, or the accuracy to stop at, is reached; the same on all ranks."""
+        target, progress = self.config.loop.stop_at.get("top1"), self.progress
+        reached = max(progress.best_top1 or 0, progress.best_ema_top1 or 0)
+        return progress.closed >= self.last_step or (target is not None and reached >= target)
+
     # Evaluating and saving.
 
     def _evaluation_due(self, end: int) -> bool:
@@ -166,16 +174,29 @@ class _Run:
         return self.evaluation is not None and (end == self.last_step or self.plan.epoch_of(end) % every == 0)
 
     def _evaluate(self) -> float:
-        """Evaluate, report, and return top-1 in percent."""
-        assert self.evaluation is not None
-        began = time.monotonic()
-        with averaged_buffers(self.state.model, self.here):
-            found = evaluate(self.state.model, self.evaluation, self.here, self.learner.dtype)
-        self.progress.last_top1 = found.top1
-        self.progress.best_top1 = max(found.top1, self.progress.best_top1 or 0.0)
-        self.reporter.evaluation(self.progress.step, found, time.monotonic() - began)
+        """Evaluate the weights and their average, report, and return the better top-1 in percent."""
+        began, progress = time.monotonic(), self.progress
+        found, average = self._accuracy(self.state.model), None
+        progress.last_top1 = found.top1
+        progress.best_top1 = max(found.top1, progress.best_top1 or 0.0)
+        if self.state.average is not None:
+            average = self._accuracy(self.state.average)
+            progress.last_ema_top1 = average.top1
+            progress.best_ema_top1 = max(average.top1, progress.best_ema_top1 or 0.0)
+        self.reporter.evaluation(progress.step, found, time.monotonic() - began, average)
+        if self._complete() and progress.target_seconds is None:
+            progress.target_seconds = self.reporter.wall_seconds
         self.reporter.pause()
-        return found.top1
+        return max(found.top1, average.top1 if average else 0.0)
+
+    def _accuracy(self, model: torch.nn.Module) -> Averages:
+        assert self.evaluation is not None
+        dtype, loop, statistics = self.learner.dtype, self.config.loop, nullcontext()
+        if loop.precise_bn:
+            where = (self.config, self.data, self.plan, self.here, self.progress.step)
+            statistics = precise_statistics(model, *where, dtype)
+        with statistics, averaged_buffers(model, self.here):
+            return evaluate(model, self.evaluation, self.here, dtype, flip=loop.eval_flip)
 
     def _save_due(self) -> bool:
         """Whether this rank finds that a save is due; the clock is the main rank's alone."""
@@ -223,7 +244,15 @@ class _Run:
         )
         self.reporter.say(f"devices   {self.here.size} x {self.here.device_name}, {dtype}")
         self.reporter.say(f"plan      {self.plan}")
-        self.reporter.say(f"optim     {config.optim.name}, peak lr {config.optim.lr:g} as given: nothing is scaled")
+        self.reporter.say(f"optim     {config.optim.name}, peak lr {self._peak_lr()}")
+
+    def _peak_lr(self) -> str:
+        optim, peak = self.config.optim, self.plan.peak_lr
+        if optim.scale_lr == "none":
+            return f"{peak:g} as given: nothing is scaled"
+        ratio = f"{self.plan.global_batch} / {optim.lr_batch}"
+        factor = ratio if optim.scale_lr == "linear" else f"sqrt({ratio})"
+        return f"{peak:g} = {optim.lr:g} x {factor}, as optim.scale_lr={optim.scale_lr} asks"
 
     def _open_report(self, command: list[str]) -> None:
         """On the main rank: write down where the run comes from, and begin to report."""
@@ -243,6 +272,10 @@ class _Run:
 
     def _finish(self, status: str, **facts: Any) -> None:
         progress = self.progress
+        if self.state.average is not None:
+            facts |= {"best_ema_top1": progress.best_ema_top1, "last_ema_top1": progress.last_ema_top1}
+        if self.config.loop.stop_at:
+            facts |= {"target": self.config.loop.stop_at, "seconds_to_target": progress.target_seconds}
         self.reporter.finish(
             status,
             best_top1=progress.best_top1,
