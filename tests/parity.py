@@ -33,7 +33,7 @@ class Length:
 @dataclass
 class Trained:
     losses: list[float] = field(default_factory=list)
-    average: list[Tensor] | None = None  # parameters, then buffers
+    average: list[Tensor] | None = None  # a state dict's values
 
 
 def _train(net: nn.Module, batches: Iterable[Batch], loss_of: Callable, after: Callable[[int], None]) -> Trained:
@@ -97,7 +97,7 @@ def torchvision_v2(net: nn.Module, batches: Iterable[Batch], length: Length, dec
             average.update_parameters(net)
 
     done = _train(net, batches, nn.CrossEntropyLoss(label_smoothing=0.1), after)
-    done.average = [*average.module.parameters(), *average.module.buffers()]
+    done.average = list(average.module.state_dict().values())
     return done
 
 
@@ -127,8 +127,10 @@ class Blurred(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         groups = len(self.kernel)
         if self.after:
-            return functional.conv2d(self.layer(x), self.kernel, stride=self.after, padding=1, groups=groups)
-        return self.layer(functional.conv2d(x, self.kernel, padding=1, groups=groups))
+            return functional.conv2d(
+                self.layer(x), self.kernel.to(x.dtype), stride=self.after, padding=1, groups=groups
+            )
+        return self.layer(functional.conv2d(x, self.kernel.to(x.dtype), padding=1, groups=groups))
 
 
 def blurpool(net: nn.Module, *, pooling: bool) -> None:
@@ -209,7 +211,7 @@ def mosaic_mild(net: nn.Module, batches: Iterable[Batch], length: Length, half_l
         return functional.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(labels)
 
     done = _train(net, batches, loss_of, after)
-    done.average = [*average.parameters(), *average.buffers()]
+    done.average = list(average.state_dict().values())
     return done
 
 

@@ -94,9 +94,11 @@ def _accumulate(learner: Learner, batch: _Mixed, *, last: bool) -> torch.Tensor:
     with local:
         with autocast(learner.dtype, learner.device):
             logits = learner.model(batch.images)
-            loss = learner.criterion(logits.float(), batch.targets)
+            if learner.dtype is not None:
+                logits = logits.float()
+            loss = learner.criterion(logits, batch.targets)
             if learner.teacher is not None:
-                loss = learner.teacher.blended(loss, logits.float(), batch.images)
+                loss = learner.teacher.blended(loss, logits, batch.images)
         learner.scaler.scale(loss / learner.accumulation).backward()
     return sums(loss, logits, batch.labels)
 

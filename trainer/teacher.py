@@ -22,7 +22,7 @@ class Teacher:
     def blended(self, loss: torch.Tensor, logits: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         """`loss` to the labels and the distance to the teacher's answer for the same images, by their shares."""
         with torch.no_grad():
-            answer = self.model(images).float()
+            answer = self.model(images).to(logits.dtype)
         distance = losses.distance(logits, answer, self.options.temperature)
         return torch.lerp(loss, distance, self.options.teacher_share)
 
