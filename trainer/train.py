@@ -86,6 +86,7 @@ class _Run:
             if self.here.is_main:
                 print(f"{self.folder.path} is finished ({self.progress.step} steps): nothing is left to do")
             return DONE
+        self.progress.target_seconds = None  # what an earlier and lower target took
         if self.here.is_main:
             self._open_report(command)
         self._introduce()
