@@ -64,7 +64,7 @@ def clipping(options: Optim, model: nn.Module) -> Clip | None:
 
         share = options.clip_agc
         # All but the head, as the paper advises (arXiv:2102.06171, section 4.1).
-        head = {id(p) for p in build.head(model).parameters()}
+        head = {id(p) for p in build.head(build.unwrap(model)).parameters()}
         return lambda parameters, norm: adaptive_clip_grad([p for p in parameters if id(p) not in head], share)
     return None
 
