@@ -53,9 +53,12 @@ def trained() -> RunState:
         device=torch.device("cpu"),
         dtype=None,
         accumulation=1,
-        clip_norm=None,
+        clip=None,
+        average=None,
+        teacher=None,
+        uphill=lambda step: 0.0,
         mix=None,
-        skipping=False,
+        skipping=None,
         seed=0,
     )
     return RunState(learner, World(0, 0, 1, 1, torch.device("cpu")))

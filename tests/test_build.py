@@ -124,7 +124,7 @@ def test_load_weights_refuses_in_one_line(tmp_path: Path) -> None:
             ours("resnet20", 7).state_dict(),
             r"has 7 classes \(fc.weight\) and the model has 10: set model.num_classes=7 ",
         ),
-        (ours("resnet20", 7).state_dict(), r"to fine-tune on 10 classes its head does not fit"),
+        (ours("resnet20", 7).state_dict(), r"to fine-tune on 10 classes set model\.new_head=true"),
         ({key: state[key] for key in state if key != "fc.bias"}, r"lacks 1 \(fc.bias\); set model.name"),
         (state | {"extra": torch.zeros(1)}, r"has also 1 \(extra\); set model.name"),
         (ours("resnet32").state_dict(), r"has also 72 \(layer1.3.conv1.weight, layer1.3.bn1.weight, .*, ...\); set"),

@@ -43,7 +43,7 @@ RECIPES = sorted((REPOSITORY / "configs").rglob("*.yaml"))
         ("schedule.warmup_epochs=90", r"schedule\.warmup_epochs=90 leaves nothing of schedule\.epochs=90"),
         ("schedule.step_epochs=[60,30]", r"schedule\.step_epochs=.* must rise"),
         ("schedule.final=2", r"schedule\.final=2\.0 is not a share"),
-        ("optim.name=adam", r"optim\.name=adam is not known; use one of: sgd"),
+        ("optim.name=adam", r"optim\.name=adam is not known; use one of: sgd, sgdw, lars"),
         ("optim.momentum=1", r"optim\.momentum=1\.0 must be"),
         ("loss.label_smoothing=1", r"loss\.label_smoothing=1\.0 must be"),
         ("precision.amp=fp8", r"precision\.amp=fp8 is not known"),
@@ -64,6 +64,33 @@ def test_mistakes_are_answered_by_name(override: str, message: str) -> None:
 def test_nesterov_needs_momentum() -> None:
     with pytest.raises(ConfigError, match=r"optim\.nesterov=true needs optim\.momentum"):
         configfile.load(None, ["optim.nesterov=true", "optim.momentum=0"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "keys"),
+    [
+        (["loss.name=bce", "loss.teacher=resnet50", "loss.teacher_weights=x.pt"], r"loss\.teacher=.*loss\.name=bce"),
+        (["loss.teacher=resnet50"], r"loss\.teacher=resnet50 and loss\.teacher_weights=None"),
+        (["loss.bce_threshold=0.2"], r"loss\.bce_threshold=0\.2 needs loss\.name=bce"),
+        (["schedule.warmup_steps=5", "schedule.warmup_samples=9"], r"schedule\.warmup_steps and .*warmup_samples"),
+        (["schedule.scale=0.05"], r"schedule\.warmup_epochs=5 .* schedule\.epochs=90 at schedule\.scale=0\.05"),
+        (["optim.clip_norm=1", "optim.clip_agc=0.01"], r"optim\.clip_norm and optim\.clip_agc both clip"),
+        (["optim.name=lamb", "optim.nesterov=true"], r"optim\.nesterov=true .* optim\.name=lamb"),
+        (["model.new_head=true"], r"model\.new_head=true needs model\.weights"),
+        (["model.head_prior=true"], r"model\.head_prior=true is for loss\.name=bce"),
+        (["mix.mixup=0.2", "mix.off_epoch=90"], r"mix\.off_epoch=90 lies beyond the end of schedule\.epochs=90"),
+        (["mix.off_epoch=9"], r"mix\.off_epoch=9 switches off what mix\.mixup=0"),
+        (["ema.start_epoch=91"], r"ema\.start_epoch=91 lies beyond the end of schedule\.epochs=90"),
+        (["loop.stop_at.top1=70", "loop.eval_every=0"], r"loop\.stop_at=.* loop\.eval_every=0"),
+        (["loop.stop_at.top6=70"], r"loop\.stop_at=\{top6: 70\.0\} is not known"),
+        (["augment.policy=trivialaugment", "augment.start_strength=0.5"], r"augment\.start_strength.*augment\.policy"),
+        (["augment.repeats=3"], r"augment\.repeats=3 does not divide global_batch_size=256"),
+    ],
+)
+def test_contradictions_are_refused_naming_both_keys(overrides: list[str], keys: str) -> None:
+    with pytest.raises(ConfigError, match=keys) as error:
+        configfile.load(None, overrides)
+    assert "\n" not in str(error.value)
 
 
 def test_precedence_is_defaults_base_file_command_line(tmp_path: Path) -> None:
@@ -110,8 +137,9 @@ def test_every_option_is_annotated_frozen_and_in_a_section_named_after_a_module(
 
 def test_every_option_is_read_somewhere() -> None:
     sources = "".join(p.read_text() for p in (REPOSITORY / "trainer").rglob("*.py") if not p.name.startswith("config"))
-    # Two are read through the properties that give them their defaults.
+    # Some are read through the properties that give them their defaults.
     by_property = {"data.eval_size": "crop_size", "data.eval_resize": "short_side"}
+    by_property |= {"schedule.step_epochs": "boundaries", "schedule.epochs": "length"}
     names = {key: by_property.get(key, key.split(".")[-1]) for key in configfile.flat(Config())}
     unread = [key for key, name in names.items() if f".{name}" not in sources]
     assert not unread, "an option that nothing reads is a promise that nobody keeps"

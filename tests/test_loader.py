@@ -224,7 +224,7 @@ def test_the_image_size_rises_between_epochs_and_not_within(tiny: Path) -> None:
     options = ["data.start_size=16", "data.image_size=48", "data.size_step=8", "data.ramp=[0.25,0.75]"]
     config = configure(tiny, *options, "augment.policy=randaugment", "schedule.epochs=8", "schedule.warmup_epochs=0")
     sizes = [images.shape[-1] for images, _ in steps(config, rank(0, 1), 0, 16)]
-    assert sizes == [16] * 6 + [24] * 2 + [32] * 2 + [40] * 2 + [48] * 4
+    assert sizes == [16] * 4 + [24] * 2 + [32] * 2 + [40] * 2 + [48] * 6
     late = steps(config, rank(0, 1), 9, 1)[0][0]
     assert torch.equal(late, steps(config, rank(0, 1), 8, 2)[1][0])
 

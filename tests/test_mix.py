@@ -5,11 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from nets import ALONE
 from torchvision.transforms import v2
 
+from trainer import configfile
 from trainer.config import ConfigError, Mix
 from trainer.data.philox import AUGMENT, AUGMENT_OPS, MIX, ORDER
+from trainer.learner import _mixing
 from trainer.mix import _beta, mix, strengths
+from trainer.plan import Plan
 
 BOTH = Mix(mixup=0.2, cutmix=1.0)
 
@@ -132,3 +136,14 @@ def test_impossible_options_name_their_key(wrong: dict) -> None:
     (key,) = wrong
     with pytest.raises(ConfigError, match=f"mix.{key}="):
         Mix(**wrong)
+
+
+def test_mixing_is_switched_off_at_its_epoch_stretched_with_the_schedule() -> None:
+    options = ["mix.mixup=1", "mix.off_epoch=2", "schedule.epochs=4", "schedule.scale=2", "schedule.warmup_epochs=0"]
+    config = configfile.load(None, ["global_batch_size=16", *options])
+    plan = Plan.of(config, 1, 80)  # 5 steps an epoch, 40 in all, the last 20 of them plain
+    mixing = _mixing(config, plan, ALONE, 10)
+    given = batch()
+    for step in range(40):
+        images, targets = mixing(*given, step, 0)
+        assert (targets.ndim == 1) == (images is given[0]) == (step >= 20)

@@ -50,3 +50,16 @@ def test_impossible_batches_are_refused_with_the_nearest_possible() -> None:
         plan(3, 1000, "global_batch_size=2")
     with pytest.raises(ConfigError, match=r"global_batch_size=256 is more than the 48 training images: use 48 or less"):
         plan(1, 48)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("schedule.warmup_steps=70", r"schedule\.warmup_steps=70 leaves nothing of schedule\.epochs=7, which are 70"),
+        ("schedule.warmup_samples=8000", r"schedule\.warmup_samples=8000 leaves nothing of schedule\.epochs=7"),
+        ("ema.half_life=7001", r"ema\.half_life=7001 is longer than the run of schedule\.epochs=7, which sees 7000"),
+    ],
+)
+def test_what_outlasts_the_run_is_refused_naming_both_keys(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(1, 1000, "global_batch_size=100", "schedule.epochs=7", override)

@@ -15,7 +15,7 @@ def lrs(*overrides: str, samples: int = 1000) -> list[float]:
     """The learning rate of every step at 10 steps an epoch and a peak of 2."""
     config = configfile.load(None, ["global_batch_size=100", "optim.lr=2", *overrides])
     plan = Plan.of(config, 1, samples)
-    return [lr_at(step, config.schedule, config.optim, plan) for step in range(plan.total_steps)]
+    return [lr_at(step, config.schedule, plan) for step in range(plan.total_steps)]
 
 
 def test_warm_up_then_cosine() -> None:
@@ -57,3 +57,38 @@ def test_steps_fall_at_epochs_whatever_the_batch() -> None:
 
 def test_constant_stays() -> None:
     assert set(lrs("schedule.name=constant", "schedule.epochs=3", "schedule.warmup_epochs=0")) == {2.0}
+
+
+def test_polynomial_is_its_power() -> None:
+    table = lrs("schedule.name=polynomial", "schedule.epochs=10", "schedule.warmup_epochs=0", "schedule.final=0.25")
+    assert [table[s] for s in (0, 50, 90)] == pytest.approx([2, 0.5 + 1.5 / 4, 0.5 + 1.5 / 100])
+    table = lrs("schedule.name=polynomial", "schedule.epochs=10", "schedule.warmup_epochs=0", "schedule.power=1")
+    assert table == pytest.approx(lrs("schedule.name=linear", "schedule.epochs=10", "schedule.warmup_epochs=0"))
+
+
+def test_a_step_falls_by_its_factor() -> None:
+    table = lrs("schedule.name=step", "schedule.epochs=6", "schedule.warmup_epochs=0", "schedule.step_factor=0.5",
+                "schedule.step_epochs=[2,4]")  # fmt: skip
+    assert [table[s] for s in (19, 20, 40)] == pytest.approx([2, 1, 0.5])
+
+
+def test_warm_up_is_as_long_in_steps_and_in_samples_as_in_epochs() -> None:
+    by_epochs = lrs("schedule.epochs=12", "schedule.warmup_epochs=2")
+    assert lrs("schedule.epochs=12", "schedule.warmup_steps=20") == by_epochs
+    assert lrs("schedule.epochs=12", "schedule.warmup_samples=2000") == by_epochs
+
+
+def test_scale_stretches_everything_but_the_warm_up() -> None:
+    options = ("schedule.name=step", "schedule.step_epochs=[3,6]", "schedule.warmup_epochs=1")
+    short, long = lrs(*options, "schedule.epochs=8"), lrs(*options, "schedule.epochs=8", "schedule.scale=2")
+    assert len(long) == 160 and short[:10] == long[:10]
+    assert [s for s in range(1, 160) if long[s] < long[s - 1]] == [60, 120]
+    assert long == lrs("schedule.name=step", "schedule.step_epochs=[6,12]", "schedule.epochs=16",
+                       "schedule.warmup_epochs=1")  # fmt: skip
+
+
+@pytest.mark.parametrize(("how", "factor"), [("none", 1), ("linear", 8), ("sqrt", math.sqrt(8))])
+def test_the_rate_is_scaled_on_request_alone(how: str, factor: float) -> None:
+    config = configfile.load(None, ["global_batch_size=2048", "optim.lr=0.1", f"optim.scale_lr={how}"])
+    plan = Plan.of(config, 8, 1_281_167)
+    assert plan.peak_lr == pytest.approx(0.1 * factor) == lr_at(plan.warmup_steps, config.schedule, plan)

@@ -26,9 +26,12 @@ def trained(seed: int, width: int = 6, momentum: float = 0.9) -> RunState:
         device=CPU,
         dtype=None,
         accumulation=1,
-        clip_norm=None,
+        clip=None,
+        average=None,
+        teacher=None,
+        uphill=lambda step: 0.0,
         mix=None,
-        skipping=False,
+        skipping=None,
         seed=0,
     )
     model(torch.randn(4, 3)).sum().backward()

@@ -42,8 +42,8 @@ def curve(run: Path, kind: str = "train", *keys: str) -> torch.Tensor:
     return torch.tensor([[r[k] for k in keys or ("loss", "top1", "lr")] for r in records], dtype=torch.float64)
 
 
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.load(checkpoint.newest_whole(run / "checkpoints"))["model"]
+def weights(run: Path, kind: str = "model") -> dict[str, torch.Tensor]:
+    return checkpoint.load(checkpoint.newest_whole(run / "checkpoints"))[kind]
 
 
 @pytest.fixture(scope="module")
@@ -100,18 +100,21 @@ def test_stopped_in_mid_epoch_and_run_again_is_bitwise_never_stopped(
     # BatchNorm, dropout and batches that span epochs: whatever could depend on more than the step.
     options = ["model.name=resnet20", "model.drop_path_rate=0.2", "global_batch_size=20", "report.log_every=2"]
     options += ["augment.policy=trivialaugment", "augment.erase=0.3", "mix.mixup=0.2", "mix.cutmix=1.0"]
+    options += ["mix.off_epoch=3", "ema.half_life=60", "ema.every=2", "optim.sam_rho=0.05", "optim.sam_every=3"]
     assert train(config, tiny, tmp_path / "whole", *options, ranks=ranks).status == 0
     part = train(config, tiny, tmp_path / "parts", *options, "loop.max_steps=5", ranks=ranks)
     assert part.status == 0 and summary(tmp_path / "parts")["steps"] == 5
     again = train(config, tiny, tmp_path / "parts", *options, ranks=ranks)
     assert again.status == 0 and "going on after step 5" in again.output, again.errors
-    resumed = weights(tmp_path / "parts")
-    for name, tensor in weights(tmp_path / "whole").items():
-        assert torch.equal(resumed[name], tensor), name
+    for kind in ("model", "ema"):
+        resumed = weights(tmp_path / "parts", kind)
+        for name, tensor in weights(tmp_path / "whole", kind).items():
+            assert torch.equal(resumed[name], tensor), (kind, name)
+    assert not torch.equal(resumed["fc.weight"], weights(tmp_path / "parts")["fc.weight"])
     later = {r["step"]: r["loss"] for r in metrics(tmp_path / "parts", "train") if r["step"] > 6}
     assert later and later == {r["step"]: r["loss"] for r in metrics(tmp_path / "whole", "train") if r["step"] > 6}
-    assert curve(tmp_path / "whole", "eval", "loss", "top1")[-1].equal(
-        curve(tmp_path / "parts", "eval", "loss", "top1")[-1]
+    assert curve(tmp_path / "whole", "eval", "loss", "top1", "ema_loss")[-1].equal(
+        curve(tmp_path / "parts", "eval", "loss", "top1", "ema_loss")[-1]
     )
 
 

@@ -12,98 +12,16 @@ from dataclasses import dataclass, field
 
 from trainer.config_augment import Augment as Augment
 from trainer.config_augment import Mix as Mix
+from trainer.config_contradictions import refuse_contradictions
 from trainer.config_data import Data as Data
+from trainer.config_model import Model as Model
+from trainer.config_optim import Ema as Ema
+from trainer.config_optim import Loss as Loss
+from trainer.config_optim import Optim as Optim
+from trainer.config_optim import Schedule as Schedule
 from trainer.mistakes import ConfigError as ConfigError
 from trainer.mistakes import RunError as RunError
-from trainer.mistakes import at_least, one_of, share
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """The network. `timm:NAME` and `torchvision:NAME` build theirs."""
-
-    name: str = "resnet50"
-    num_classes: int | None = None  # None: as many as the data set has
-    variant: str = "v1.5"  # v1.5 (stride on the 3x3) | v1 (on the first 1x1) | d (deep stem, average-pooled shortcut)
-    residual: bool = True  # False: the plain network of the ResNet paper
-    shortcut: str | None = None  # A | B | C of the paper; None: B for the ImageNet nets, A for the CIFAR nets
-    zero_init_residual: bool = False  # last gamma of each block starts at 0
-    conv_init: str = "fan_out"  # fan_out (torchvision) | fan_in (NVIDIA ConvNets)
-    drop_rate: float = 0.0  # dropout before the head
-    drop_path_rate: float = 0.0  # stochastic depth of the last block, linear in depth
-    weights: str | None = None  # start from this file: a state dict or a checkpoint
-
-    def __post_init__(self) -> None:
-        at_least("model.num_classes", self.num_classes, 1)
-        one_of("model.variant", self.variant, ("v1.5", "v1", "d"))
-        one_of("model.shortcut", self.shortcut, (None, "A", "B", "C"))
-        one_of("model.conv_init", self.conv_init, ("fan_out", "fan_in"))
-        for key in ("drop_rate", "drop_path_rate"):
-            value = getattr(self, key)
-            if not 0.0 <= value < 1.0:
-                raise ConfigError(f"model.{key}={value} must be at least 0 and below 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Optim:
-    """The optimiser."""
-
-    name: str = "sgd"
-    lr: float = 0.1  # peak, at global_batch_size: nothing is scaled behind your back
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 1e-4
-    decay_1d: bool = False  # True: also biases and norms, as torchvision V1 and pytorch/examples
-    clip_norm: float | None = None  # clip the gradient's global 2-norm
-
-    def __post_init__(self) -> None:
-        one_of("optim.name", self.name, ("sgd",))
-        at_least("optim.lr", self.lr, 0, strictly=True)
-        at_least("optim.weight_decay", self.weight_decay, 0)
-        at_least("optim.clip_norm", self.clip_norm, 0, strictly=True)
-        if not 0.0 <= self.momentum < 1.0:
-            raise ConfigError(f"optim.momentum={self.momentum} must be at least 0 and below 1")
-        if self.nesterov and self.momentum == 0:
-            raise ConfigError("optim.nesterov=true needs optim.momentum above 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """The learning rate, step by step: linear warm-up, then the shape named."""
-
-    name: str = "cosine"  # cosine | step | linear | constant
-    epochs: float = 90
-    warmup_epochs: float = 5
-    warmup_start: float = 0.0  # share of optim.lr at the first step
-    final: float = 0.0  # share of optim.lr at the end, for cosine and linear
-    step_epochs: list[float] = field(default_factory=lambda: [30, 60, 80])  # for step
-    step_factor: float = 0.1
-
-    def __post_init__(self) -> None:
-        one_of("schedule.name", self.name, ("cosine", "step", "linear", "constant"))
-        at_least("schedule.epochs", self.epochs, 0, strictly=True)
-        at_least("schedule.warmup_epochs", self.warmup_epochs, 0)
-        share("schedule.warmup_start", self.warmup_start)
-        share("schedule.final", self.final)
-        at_least("schedule.step_factor", self.step_factor, 0, strictly=True)
-        if self.step_epochs != sorted(self.step_epochs):
-            raise ConfigError(f"schedule.step_epochs={self.step_epochs} must rise")
-        if self.warmup_epochs >= self.epochs:
-            raise ConfigError(
-                f"schedule.warmup_epochs={self.warmup_epochs:g} leaves nothing of schedule.epochs={self.epochs:g}: "
-                "lower the first or raise the second"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loss:
-    """The training loss. Evaluation always reports plain cross-entropy."""
-
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.label_smoothing < 1.0:
-            raise ConfigError(f"loss.label_smoothing={self.label_smoothing} must be at least 0 and below 1")
+from trainer.mistakes import at_least, one_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,9 +41,12 @@ class Precision:
 
 @dataclass(frozen=True, kw_only=True)
 class Loop:
-    """When to evaluate and when to end early."""
+    """When and how to evaluate, and when to end early."""
 
     eval_every: float = 1  # epochs between evaluations; 0: never
+    eval_flip: bool = False  # average each image's logits with those of its mirror image
+    precise_bn: int = 0  # training images of which BatchNorm's statistics are taken anew, for evaluation alone; 0: off
+    stop_at: dict[str, float] = field(default_factory=dict)  # {top1: 75.9}: end the run at the first evaluation there
     max_steps: int | None = None  # end after this many steps; the schedule stays that of schedule.epochs
     # A loss or gradient that is not finite: stop | skip (no rank takes that step) | rollback (to the last save, leaving
     # out the data since).
@@ -137,6 +58,10 @@ class Loop:
         at_least("loop.nonfinite_limit", self.nonfinite_limit, 1)
         at_least("loop.eval_every", self.eval_every, 0)
         at_least("loop.max_steps", self.max_steps, 1)
+        at_least("loop.precise_bn", self.precise_bn, 0)
+        for key, target in self.stop_at.items():
+            if key != "top1" or not 0 < target <= 100:
+                raise ConfigError(f"loop.stop_at={{{key}: {target}}} is not known: write {{top1: PERCENT}}")
         if self.eval_every != int(self.eval_every):
             raise ConfigError(f"loop.eval_every={self.eval_every} must be whole epochs")
 
@@ -205,6 +130,7 @@ class Config:
     optim: Optim = field(default_factory=Optim)
     schedule: Schedule = field(default_factory=Schedule)
     loss: Loss = field(default_factory=Loss)
+    ema: Ema = field(default_factory=Ema)
     precision: Precision = field(default_factory=Precision)
     loop: Loop = field(default_factory=Loop)
     distributed: Distributed = field(default_factory=Distributed)
@@ -217,12 +143,4 @@ class Config:
             raise ConfigError(f"seed={self.seed} must lie between 0 and 2**32 - 1")
         at_least("global_batch_size", self.global_batch_size, 1)
         at_least("max_batch_per_gpu", self.max_batch_per_gpu, 1)
-        if self.global_batch_size % self.augment.repeats:
-            raise ConfigError(
-                f"augment.repeats={self.augment.repeats} does not divide global_batch_size={self.global_batch_size}"
-            )
-        if self.data.start_size is not None and self.augment.crop != "resized":
-            raise ConfigError(
-                f"data.start_size={self.data.start_size} resizes crops, and augment.crop={self.augment.crop} takes "
-                "them as they are: use augment.crop=resized"
-            )
+        refuse_contradictions(self)

@@ -30,6 +30,7 @@ class Policy:
     erase: float = 0.0  # probability of erasing a rectangle (with the mean colour: zeros after normalising)
     erase_scale: list[float] = field(default_factory=lambda: [0.02, 0.33])  # share of the area
     erase_ratio: list[float] = field(default_factory=lambda: [0.3, 3.3])  # height / width
+    start_strength: float = 1.0  # share of magnitude, jitter and erase at the beginning; rises to 1 over data.ramp
 
     def __post_init__(self) -> None:
         for key, valid in (
@@ -51,6 +52,7 @@ class Policy:
             ("saturation", 0, math.inf),
             ("hue", 0, 0.5),
             ("erase", 0, 1),
+            ("start_strength", 1e-3, 1),
         ):
             value = getattr(self, key)
             if value is not None and not low <= value <= high:
@@ -93,6 +95,7 @@ class Mix:
     cutmix: float = 0.0  # the same for CutMix; 0: off
     cutmix_share: float = 0.5  # where both are on: how often it is CutMix
     chance: float = 1.0  # probability of mixing at all
+    off_epoch: float | None = None  # from here on nothing is mixed, in epochs before schedule.scale; None: to the end
     group: int = 2  # neighbours in the global batch that share one draw; 0: the whole global batch
 
     def __post_init__(self) -> None:
@@ -100,6 +103,7 @@ class Mix:
             value = getattr(self, key)
             if not low <= value <= high:
                 raise ConfigError(f"mix.{key}={value} must lie between {low} and {high}")
+        at_least("mix.off_epoch", self.off_epoch, 0)
         if self.group < 0 or self.group % 2:
             raise ConfigError(f"mix.group={self.group} must be even, as pairs are mixed; 0 is the whole global batch")
 

@@ -21,6 +21,7 @@ def evaluate(
     world: World,
     dtype: torch.dtype | None,
     stop: Callable[[], bool] = lambda: False,
+    flip: bool = False,
 ) -> Averages | None:
     """Cross-entropy and accuracy of `model` over the whole set; every rank calls it and gets the same.
 
@@ -30,6 +31,7 @@ def evaluate(
         model: the bare network, the same on every rank. Its mode is restored.
         dtype: to autocast to, None for fp32.
         stop: asked after a batch, equally often on every rank; it must answer the same on all.
+        flip: average each image's logits with those of its mirror image.
     """
     training = model.training
     model.eval()
@@ -38,6 +40,8 @@ def evaluate(
     for images, labels in batches:
         with autocast(dtype, world.device):
             logits = model(images).float()
+            if flip:
+                logits = (logits + model(images.flip(3)).float()) / 2
         total[:4] += sums(functional.cross_entropy(logits, labels), logits, labels)
         if questions:
             questions -= 1

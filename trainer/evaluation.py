@@ -15,6 +15,7 @@ from trainer.data.loader import EvaluationBatches, open_validation
 from trainer.distributed import World, world
 from trainer.evaluate import evaluate
 from trainer.models import build
+from trainer.models.start import check_sizes
 
 
 def evaluate_target(target: str, overrides: list[str]) -> int:
@@ -37,15 +38,22 @@ def _evaluate(config: Config, weights: Path, here: World) -> dict[str, float]:
     index = open_validation(config, here)
     model = build.create(config.model, config.model.num_classes or len(index.classes))
     build.load_weights(model, weights)
+    check_sizes(config.model, model, {"data.eval_size": config.data.crop_size})
     layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
     model = model.to(here.device, memory_format=layout)
     dtype = precision.amp_dtype(config.precision, here.device)
     batch = config.max_batch_per_gpu or max(1, min(256, config.global_batch_size // here.size))
+    batches, flip = EvaluationBatches(config, index, here, batch), config.loop.eval_flip
     began = time.monotonic()
-    found = evaluate(model, EvaluationBatches(config, index, here, batch), here, dtype)
+    found = evaluate(model, batches, here, dtype, flip=flip)
     assert found is not None, "nobody stops it"
     seconds = time.monotonic() - began
-    return {**asdict(found), "images_per_second": round(found.count / seconds, 1)}
+    result = {**asdict(found), "images_per_second": round(found.count / seconds, 1)}
+    if build.has_ema(weights):
+        build.load_weights(model, weights, ema=True)
+        averaged = evaluate(model, batches, here, dtype, flip=flip)
+        result |= {"ema_loss": averaged.loss, "ema_top1": averaged.top1, "ema_top5": averaged.top5}
+    return result
 
 
 def _find(target: Path, overrides: list[str]) -> tuple[Config, Path]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from trainer import losses, mix, optim, precision, schedule
+from trainer import losses, mix, optim, precision, schedule, teacher
 from trainer.config import Config, ConfigError
 from trainer.data.loader import DataSet
 from trainer.distributed import World
+from trainer.ema import Average
 from trainer.loop import Learner, Mixing
 from trainer.models import build
+from trainer.models.start import check_sizes
 from trainer.nonfinite import Skipping
 from trainer.plan import Plan
 
@@ -20,7 +22,8 @@ def create(config: Config, plan: Plan, here: World, data: DataSet) -> Learner:
     torch.manual_seed(config.seed)
     model = build.create(config.model, classes)
     if config.model.weights:
-        build.load_weights(model, config.model.weights)
+        build.load_weights(model, config.model.weights, new_head=config.model.new_head)
+    check_sizes(config.model, model, _sizes(config))
     dtype = precision.amp_dtype(config.precision, here.device)
     model = build.parallelize(
         model,
@@ -36,11 +39,14 @@ def create(config: Config, plan: Plan, here: World, data: DataSet) -> Learner:
         optimizer=optim.create(config.optim, model, here.device),
         criterion=losses.create(config.loss),
         scaler=precision.grad_scaler(config.precision, dtype, here.device),
-        lr_at=lambda step: schedule.lr_at(step, config.schedule, config.optim, plan),
+        lr_at=lambda step: schedule.lr_at(step, config.schedule, plan),
         device=here.device,
         dtype=dtype,
         accumulation=plan.accumulation,
-        clip_norm=config.optim.clip_norm,
+        clip=optim.clipping(config.optim, model),
+        average=Average(model, config.ema, plan) if config.ema.half_life is not None else None,
+        teacher=teacher.create(config, classes, here.device),
+        uphill=lambda step: 0.0 if step % config.optim.sam_every else config.optim.sam_rho,
         mix=_mixing(config, plan, here, classes),
         skipping=Skipping.of(build.unwrap(model)) if config.loop.on_nonfinite == "skip" else None,
         # Ranks and seeds a long way apart; the step is added to it.
@@ -58,6 +64,15 @@ def _classes(config: Config, data: DataSet) -> int:
     return asked or present
 
 
+def _sizes(config: Config) -> dict[str, int]:
+    """Sides of the images that the network will see, by the key that says so."""
+    data = config.data
+    sizes = {"data.image_size": data.image_size, "data.start_size": data.start_size}
+    if config.loop.eval_every:
+        sizes["data.eval_size"] = data.eval_size
+    return {key: size for key, size in sizes.items() if size is not None}
+
+
 def _mixing(config: Config, plan: Plan, here: World, classes: int) -> Mixing | None:
     """Mixup and CutMix of this rank's forward batches, None where nothing is mixed; ConfigError if a pair is cut."""
     if not config.mix.on:
@@ -68,6 +83,13 @@ def _mixing(config: Config, plan: Plan, here: World, classes: int) -> Mixing | N
             "choose global_batch_size and max_batch_per_gpu so that it is even"
         )
     first = here.rank * plan.batch * plan.accumulation
-    return lambda images, labels, step, micro: mix.mix(
-        images, labels, config.mix, classes, config.seed, step, first + micro * plan.batch
-    )
+    off = plan.total_steps
+    if config.mix.off_epoch is not None:
+        off = round(config.mix.off_epoch * config.schedule.scale * plan.steps_per_epoch)
+
+    def mixed(images: torch.Tensor, labels: torch.Tensor, step: int, micro: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if step >= off:
+            return images, labels
+        return mix.mix(images, labels, config.mix, classes, config.seed, step, first + micro * plan.batch)
+
+    return mixed

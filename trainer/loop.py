@@ -13,10 +13,13 @@ import torch
 from torch import nn
 
 from trainer.data.loader import Batch
+from trainer.ema import Average
 from trainer.metrics import sums
 from trainer.nonfinite import Skipping
-from trainer.optim import set_lr
+from trainer.optim import Clip, set_lr
 from trainer.precision import autocast
+from trainer.sam import uphill
+from trainer.teacher import Teacher
 
 # (images, labels, step, which forward batch of the step) to (images, targets)
 Mixing = Callable[[torch.Tensor, torch.Tensor, int, int], tuple[torch.Tensor, torch.Tensor]]
@@ -34,7 +37,10 @@ class Learner:
     device: torch.device
     dtype: torch.dtype | None  # to autocast to
     accumulation: int
-    clip_norm: float | None
+    clip: Clip | None
+    average: Average | None  # of the weights, beside them
+    teacher: Teacher | None
+    uphill: Callable[[int], float]  # how far the gradient of a step is taken uphill; 0: where the weights stand
     mix: Mixing | None  # None: nothing is mixed
     skipping: Skipping | None  # None: a gradient that is not finite is applied, and found out later
     seed: int  # of what the network draws (dropout): a function of (seed, step), so that nothing needs saving
@@ -79,7 +85,8 @@ def train_steps(
         torch.manual_seed(learner.seed + step)
         statistics = learner.skipping.snapshot() if learner.skipping else None
         totals = torch.zeros(7, dtype=torch.float64, device=learner.device)
-        waited = 0.0
+        waited, seen = 0.0, []
+        backward = partial(enter, "backward", step)
         for micro in range(learner.accumulation):
             enter("data", step)
             start = time.perf_counter()
@@ -89,10 +96,15 @@ def train_steps(
             batch = _Mixed(images, labels, labels)
             if learner.mix is not None:
                 batch = _Mixed(*learner.mix(images, labels, step, micro), labels)
-            backward = partial(enter, "backward", step)
             totals[:4] += _accumulate(learner, batch, backward, last=micro == learner.accumulation - 1)
+            if learner.uphill(step):  # otherwise an accumulated step would hold all of its images
+                seen.append(batch)
+        if learner.uphill(step):
+            _gradient_uphill(learner, step, seen, backward)
         enter("update", step)
         totals[4] = _update(learner)
+        if learner.average is not None:
+            learner.average.update(step)
         bad = ~torch.stack([totals[0], totals[4]]).isfinite()
         totals[5] = 1
         if learner.skipping:
@@ -108,10 +120,22 @@ def _accumulate(learner: Learner, batch: _Mixed, backward: Callable[[], object],
     with local:
         with autocast(learner.dtype, learner.device):
             logits = learner.model(batch.images)
-            loss = learner.criterion(logits.float(), batch.targets)
+            if learner.dtype is not None:
+                logits = logits.float()
+            loss = learner.criterion(logits, batch.targets)
+            if learner.teacher is not None:
+                loss = learner.teacher.blended(loss, logits, batch.images)
         backward()
         learner.scaler.scale(loss / learner.accumulation).backward()
     return sums(loss, logits, batch.labels)
+
+
+def _gradient_uphill(learner: Learner, step: int, batches: list[_Mixed], backward: Callable[[], object]) -> None:
+    """Take the gradients of `batches` anew, uphill of the weights, with the same dropout."""
+    torch.manual_seed(learner.seed + step)
+    with uphill(learner.model, learner.uphill(step)):
+        for batch in batches:
+            _accumulate(learner, batch, backward, last=batch is batches[-1])
 
 
 def _update(learner: Learner) -> torch.Tensor:
@@ -119,8 +143,8 @@ def _update(learner: Learner) -> torch.Tensor:
     learner.scaler.unscale_(learner.optimizer)
     parameters = [p for group in learner.optimizer.param_groups for p in group["params"]]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if learner.clip_norm is not None:
-        nn.utils.clip_grads_with_norm_(parameters, learner.clip_norm, norm)
+    if learner.clip is not None:
+        learner.clip([p for p in parameters if p.grad is not None], norm)
     if learner.skipping and not learner.scaler.is_enabled():  # a scaler leaves such steps out by itself
         learner.skipping.step(learner.optimizer, norm.isfinite())
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trainer.config import Config, ConfigError
+from trainer.config import Config, ConfigError, Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,7 @@ class Plan:
     accumulation: int  # forward passes of a rank before a step
     total_steps: int
     warmup_steps: int
+    peak_lr: float
 
     @classmethod
     def of(cls, config: Config, ranks: int, samples: int) -> Plan:
@@ -39,17 +40,37 @@ class Plan:
         share = total // ranks
         limit = config.max_batch_per_gpu or share
         accumulation = next(a for a in range(1, share + 1) if share % a == 0 and share // a <= limit)
-        steps_per_epoch = samples / total
-        return cls(
+        schedule, optim = config.schedule, config.optim
+        exponent = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}[optim.scale_lr]
+        plan = cls(
             ranks=ranks,
             samples=samples,
-            epochs=config.schedule.epochs,
+            epochs=schedule.length,
             global_batch=total,
             batch=share // accumulation,
             accumulation=accumulation,
-            total_steps=-(-round(config.schedule.epochs * samples) // total),
-            warmup_steps=round(config.schedule.warmup_epochs * steps_per_epoch),
+            total_steps=-(-round(schedule.length * samples) // total),
+            warmup_steps=_warmup_steps(schedule, samples, total),
+            peak_lr=optim.lr * (total / optim.lr_batch) ** exponent,
         )
+        plan._refuse_too_long(config)
+        return plan
+
+    def _refuse_too_long(self, config: Config) -> None:
+        """ConfigError for what takes longer than the run."""
+        schedule, seen = config.schedule, f"schedule.epochs={config.schedule.epochs:g}"
+        # warmup_epochs is refused with the config; these two need the data's size.
+        for key, given in (("warmup_steps", schedule.warmup_steps), ("warmup_samples", schedule.warmup_samples)):
+            if given is not None and self.warmup_steps >= self.total_steps:
+                raise ConfigError(
+                    f"schedule.{key}={given} leaves nothing of {seen}, which are {self.total_steps} steps: "
+                    "lower the first or raise the second"
+                )
+        if config.ema.half_life is not None and config.ema.half_life > self.epochs * self.samples:
+            raise ConfigError(
+                f"ema.half_life={config.ema.half_life:g} is longer than the run of {seen}, which sees "
+                f"{round(self.epochs * self.samples)} samples: lower the first or raise the second"
+            )
 
     @property
     def steps_per_epoch(self) -> float:
@@ -71,3 +92,11 @@ class Plan:
             f"{self.samples} images = {self.steps_per_epoch:.5g} steps an epoch; {self.total_steps} steps, "
             f"{self.warmup_steps} of them warm-up"
         )
+
+
+def _warmup_steps(schedule: Schedule, samples: int, batch: int) -> int:
+    if schedule.warmup_steps is not None:
+        return schedule.warmup_steps
+    if schedule.warmup_samples is not None:
+        return round(schedule.warmup_samples / batch)
+    return round(schedule.warmup_epochs * samples / batch)

@@ -17,6 +17,7 @@ from trainer.distributed import World
 from trainer.loop import Learner
 from trainer.models import build
 from trainer.models.buffers import mean_buffers
+from trainer.plan import Plan
 from trainer.snapshot import owned
 
 
@@ -28,6 +29,9 @@ class Progress:
     closed: int = 0  # the last step after which an epoch (or the run) was evaluated and saved
     best_top1: float | None = None  # percent
     last_top1: float | None = None
+    best_ema_top1: float | None = None  # of the averaged weights
+    last_ema_top1: float | None = None
+    target_seconds: float | None = None  # wall_seconds when loop.stop_at was met
     wall_seconds: float = 0.0  # over all restarts
 
 
@@ -41,18 +45,32 @@ class RunState:
     def __init__(self, learner: Learner, here: World) -> None:
         self.learner, self._here = learner, here
         self.model = build.unwrap(learner.model)
+        self.average = learner.average.model if learner.average else None
         self.progress = Progress()
         # Since the last record, the sum of trainer.loop.StepRecord.totals.
         self.window = torch.zeros(7, dtype=torch.float64, device=here.device)
 
+    def summary(self, plan: Plan) -> dict[str, Any]:
+        """How far the run has come and what it has reached, for summary.json."""
+        progress = self.progress
+        averaged = {"best_ema_top1": progress.best_ema_top1, "last_ema_top1": progress.last_ema_top1}
+        return {
+            "best_top1": progress.best_top1,
+            "last_top1": progress.last_top1,
+            **(averaged if self.average is not None else {}),
+            "epochs": round(progress.step * plan.global_batch / plan.samples, 4),
+            "steps": progress.step,
+        }
+
     def gather(self) -> list[dict[str, Any]]:
         """What each rank has of its own, by rank; every rank calls it."""
-        buffers = {name: buffer.cpu() for name, buffer in self.model.named_buffers()}
-        return self._here.gather({"buffers": buffers, "window": self.window.cpu()})
+        own = {"buffers": _buffers(self.model), "window": self.window.cpu()}
+        return self._here.gather(own | ({"ema": _buffers(self.average)} if self.average is not None else {}))
 
     def bulk(self) -> dict[str, Any]:
         """What nearly all of the memory of `state_dict` is for: the live tensors."""
-        return {"model": self.model.state_dict(), "optimizer": self.learner.optimizer.state_dict()}
+        average = {"ema": self.average.state_dict()} if self.average is not None else {}
+        return {"model": self.model.state_dict(), "optimizer": self.learner.optimizer.state_dict(), **average}
 
     def still(self) -> frozenset[int]:
         """`data_ptr()` of the tensors that only an update of the weights changes: what is trained, and its moments."""
@@ -64,7 +82,10 @@ class RunState:
         """The state to save, with `ranks` from `gather()`."""
         mean = mean_buffers([rank["buffers"] for rank in ranks])
         bulk = self.bulk()
-        return {
+        average = {}
+        if self.average is not None:
+            average = {"ema": bulk["ema"] | mean_buffers([rank["ema"] for rank in ranks])}
+        return average | {
             "model": bulk["model"] | mean,
             "optimizer": bulk["optimizer"],
             "scaler": self.learner.scaler.state_dict(),
@@ -76,6 +97,8 @@ class RunState:
         """Become what `state_dict` saved; ConfigError, and nothing is loaded, if that does not fit."""
         self.demand_fit(state)
         self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.load_state_dict(state["ema"])
         # The optimiser keeps the tensors it is given, and those of a mapped file must not become what a run trains.
         self.learner.optimizer.load_state_dict(owned(state["optimizer"]))
         self.learner.scaler.load_state_dict(state["scaler"])
@@ -85,6 +108,8 @@ class RunState:
         if len(ranks) == self._here.size:
             mine = ranks[self._here.rank]
             self.model.load_state_dict(mine["buffers"], strict=False)
+            if self.average is not None:
+                self.average.load_state_dict(mine["ema"], strict=False)
             self.window.copy_(mine["window"])
         elif self._here.is_main:  # the sums are added up over the ranks in the end: one may hold them all
             self.window.copy_(sum(rank["window"] for rank in ranks))
@@ -99,10 +124,13 @@ class RunState:
             raise ConfigError(mismatch)
 
     def _mismatches(self, state: dict[str, Any]) -> Iterator[str]:
-        missing = [key for key in ("model", "optimizer", "scaler", "progress", "ranks") if key not in state]
+        needed = ("model", "optimizer", "scaler", "progress", "ranks", *(["ema"] if self.average is not None else []))
+        missing = [key for key in needed if key not in state]
         if missing:
             yield f"it has no {missing[0]}"
         yield from _differences("model", state["model"], self.model.state_dict(), whole=True)
+        if self.average is not None:
+            yield from _differences("ema", state["ema"], self.average.state_dict(), whole=True)
         yield from self._optimizer_mismatches(state["optimizer"])
         known = {field.name for field in fields(Progress)}
         yield from (f"progress.{key} is not known to this version" for key in state["progress"] if key not in known)
@@ -111,6 +139,8 @@ class RunState:
         buffers = dict(self.model.named_buffers())
         for number, rank in enumerate(state["ranks"]):
             yield from _differences(f"ranks.{number}", rank["buffers"], buffers, whole=True)
+            if self.average is not None:
+                yield from _differences(f"ranks.{number}.ema", rank["ema"], buffers, whole=True)
             yield from _differences(f"ranks.{number}", {"window": rank["window"]}, {"window": self.window}, whole=True)
         if not state["ranks"]:
             yield "ranks is empty"
@@ -141,3 +171,7 @@ def _differences(where: str, saved: dict[str, Any], ours: dict[str, Any], *, who
             yield f"{where}.{key} is {tuple(tensor.shape)}, and {tuple(ours[key].shape)} in this run"
     if whole:
         yield from (f"{where}.{key} is missing" for key in ours if key not in saved)
+
+
+def _buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: buffer.cpu() for name, buffer in model.named_buffers()}

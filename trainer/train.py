@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainer import checkpoint, configfile, intake, learner, precision, resume
+from trainer.accuracy import Accuracy
 from trainer.config import Config
 from trainer.data.loader import DataSet, EvaluationBatches, TrainingBatches, open_data
 from trainer.distributed import Agreement, World, world
 from trainer.divergence import WeightCheck
-from trainer.evaluate import evaluate
 from trainer.loop import train_steps
-from trainer.models.buffers import averaged_buffers
 from trainer.nonfinite import NonFiniteError, Rollback, data_step
 from trainer.plan import Plan
 from trainer.report.folder import RunFolder
@@ -93,6 +92,7 @@ class _Run:
         self.evaluation: EvaluationBatches | None = None
         if self.data.val is not None:
             self.evaluation = EvaluationBatches(config, self.data.val, self.here, plan.batch)
+            self.accuracy = Accuracy(config, self.data, plan, self.here, self.evaluation, self.agreement, self.watch)
         self._begin()
 
     def _begin(self) -> None:
@@ -107,10 +107,11 @@ class _Run:
 
     def go(self, command: list[str]) -> int:
         """Train to the end or to a signal; returns the exit status."""
-        if self.progress.closed >= self.last_step:
+        if self._complete():
             if self.here.is_main:
                 print(f"{self.folder.path} is finished ({self.progress.step} steps): nothing is left to do")
             return DONE
+        self.progress.target_seconds = None  # what an earlier and lower target took
         if self.here.is_main:
             self._open_report(command)
         facts = {"classes": len(self.data.classes), "after": self.progress.step}
@@ -146,7 +147,7 @@ class _Run:
         """From epoch's end to epoch's end; returns the signal that ended it, 0 at the end."""
         first, taken = self.progress.step, data_step(self.rollbacks)
         batches = TrainingBatches(self.config, self.data, self.plan, self.here, first, taken)
-        while self.progress.closed < self.last_step:
+        while not self._complete():
             end = min(self.plan.epoch_end(self.progress.closed), self.last_step)
             top1, stopped_by = None, self._steps(batches, end)
             if not stopped_by and self._evaluation_due(end):
@@ -214,6 +215,12 @@ class _Run:
         self.reporter.say(f"warning: {error}")
         self.reporter.say(f"rolled back to step {back.at}, leaving out the data of {back.skipped} steps")
 
+    def _complete(self) -> bool:
+        """Whether the end, or the accuracy to stop at, is reached; the same on all ranks."""
+        target, progress = self.config.loop.stop_at.get("top1"), self.progress
+        reached = max(progress.best_top1 or 0, progress.best_ema_top1 or 0)
+        return progress.closed >= self.last_step or (target is not None and reached >= target)
+
     # Evaluating and saving.
 
     def _evaluation_due(self, end: int) -> bool:
@@ -221,26 +228,26 @@ class _Run:
         return self.evaluation is not None and (end == self.last_step or self.plan.epoch_of(end) % every == 0)
 
     def _evaluate(self) -> tuple[float | None, int]:
-        """Evaluate and report; returns top-1 in percent, or None and the signal that all ranks agreed to stop for."""
-        assert self.evaluation is not None
-        began, stopped_by = time.monotonic(), 0
-        self.watch.enter("evaluate")
+        """Evaluate the weights and their average and report; returns the better top-1 in percent, and 0.
 
-        def stop() -> bool:
-            nonlocal stopped_by
-            self.watch.moved()
-            stopped_by, _ = self.agreement.agreed()
-            return stopped_by != 0
-
-        with averaged_buffers(self.state.model, self.here):
-            found = evaluate(self.state.model, self.evaluation, self.here, self.learner.dtype, stop)
-        if found is None:
+        None, and the signal, where all ranks agreed to stop for one: nothing is reported then.
+        """
+        began, progress, average = time.monotonic(), self.progress, None
+        found, stopped_by = self.accuracy.of(self.state.model, progress.step)
+        if found and self.state.average is not None:
+            average, stopped_by = self.accuracy.of(self.state.average, progress.step)
+        if found is None or stopped_by:
             return None, stopped_by
-        self.progress.last_top1 = found.top1
-        self.progress.best_top1 = max(found.top1, self.progress.best_top1 or 0.0)
-        self.reporter.evaluation(self.progress.step, found, time.monotonic() - began)
+        progress.last_top1 = found.top1
+        progress.best_top1 = max(found.top1, progress.best_top1 or 0.0)
+        if average:
+            progress.last_ema_top1 = average.top1
+            progress.best_ema_top1 = max(average.top1, progress.best_ema_top1 or 0.0)
+        self.reporter.evaluation(progress.step, found, time.monotonic() - began, average)
+        if self._complete() and progress.target_seconds is None:
+            progress.target_seconds = self.reporter.wall_seconds
         self.reporter.pause()
-        return found.top1, 0
+        return max(found.top1, average.top1 if average else 0.0), 0
 
     def _save_due(self) -> bool:
         """Whether this rank finds that a save is due; the clock is the main rank's alone."""
@@ -285,12 +292,6 @@ class _Run:
         self.reporter = Reporter(self.plan, self.folder, wandb_run, self.progress.wall_seconds)
 
     def _finish(self, status: str, **facts: Any) -> None:
-        progress = self.progress
-        self.reporter.finish(
-            status,
-            best_top1=progress.best_top1,
-            last_top1=progress.last_top1,
-            epochs=round(progress.step * self.plan.global_batch / self.plan.samples, 4),
-            steps=progress.step,
-            **facts,
-        )
+        if self.config.loop.stop_at:
+            facts |= {"target": self.config.loop.stop_at, "seconds_to_target": self.progress.target_seconds}
+        self.reporter.finish(status, **self.state.summary(self.plan), **facts)

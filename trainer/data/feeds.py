@@ -7,12 +7,12 @@ A feed is a function from the number of a forward batch to a chunk, and knows no
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from trainer.config import Config, Data
+from trainer.config import Augment, Config, Data
 from trainer.data import policies
 from trainer.data.augment import Windows, evaluation_windows, training_windows
 from trainer.data.order import Order
@@ -75,7 +75,10 @@ class TrainingFeed:
         windows = training_windows(
             self.augment, size, config.seed, (epochs, rows, repeats), (index.widths[rows], index.heights[rows])
         )
-        recipes = policies.draw(self.augment, size, config.seed, epochs, rows, repeats) if self._acts else None
+        recipes = None
+        if self._acts:
+            augment = strengthened(self.augment, config.data, plan, step)
+            recipes = policies.draw(augment, size, config.seed, epochs, rows, repeats)
         return Chunk(rows, windows, size, recipes=recipes)
 
 
@@ -109,6 +112,23 @@ def image_size(data: Data, plan: Plan, step: int) -> int:
     """Side of the training images at `step` in pixels: the same during an epoch, rising over `data.ramp` of the run."""
     if data.start_size is None:
         return data.image_size
-    begin, end = (share * plan.epochs for share in data.ramp)
-    size = np.interp(plan.epoch_of(step), [begin, end], [data.start_size, data.image_size])
+    size = data.start_size + (data.image_size - data.start_size) * _risen(data, plan, step)
     return min(data.image_size, max(data.start_size, round(size / data.size_step) * data.size_step))
+
+
+def strengthened(augment: Augment, data: Data, plan: Plan, step: int) -> Augment:
+    """`augment` at the strength of `step`: magnitude, jitter and erasing rise from `start_strength` over `data.ramp`.
+
+    With the image size, as in EfficientNetV2 (arXiv:2104.00298): small images are weakly augmented.
+    """
+    if augment.start_strength == 1:
+        return augment
+    share = augment.start_strength + (1 - augment.start_strength) * _risen(data, plan, step)
+    keys = ("magnitude", "brightness", "contrast", "saturation", "hue", "erase")
+    return replace(augment, **{key: share * getattr(augment, key) for key in keys})
+
+
+def _risen(data: Data, plan: Plan, step: int) -> float:
+    """How much of the ramp is climbed in the epoch of `step`, 0 to 1: as much as when that epoch ends."""
+    begin, end = (share * plan.epochs for share in data.ramp)
+    return float(np.interp(plan.epoch_of(step) + 1, [begin, end], [0.0, 1.0]))

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer.config import ConfigError, Model
+from trainer.models.blurpool import antialias
 from trainer.models.resnet import FAMILY, ResNet
+from trainer.models.start import head, set_start
 
 if TYPE_CHECKING:
     from trainer.distributed import World
@@ -26,13 +28,21 @@ _PREFIXES = ("module.", "_orig_mod.")  # left in the keys by DDP and torch.compi
 
 
 def create(options: Model, num_classes: int) -> nn.Module:
-    """The network that `options` describe, on the CPU (or the default device), initialised, in training mode.
+    """The network that `options` describe, initialised, on the CPU (or the default device), in training mode.
 
     It maps images (N, 3, H, W) to logits (N, num_classes). `options.name` is a key of FAMILY, `timm:NAME` or
     `torchvision:NAME`; a foreign builder keeps its own default where an option of ours is 0 or False. `num_classes`
     is settled by the caller, and `options.weights` is left to `load_weights`. Raises ConfigError for an unknown name
     and for an option that the network does not have.
     """
+    model = _create(options, num_classes)
+    if options.blurpool != "none":
+        antialias(model, pooling=options.blurpool == "all")
+    set_start(options, model, num_classes)
+    return model
+
+
+def _create(options: Model, num_classes: int) -> nn.Module:
     if options.name in FAMILY:
         return ResNet(options, num_classes)
     library, _, name = options.name.partition(":")
@@ -116,17 +126,27 @@ def _call(options: Model, build: Callable[[], nn.Module]) -> nn.Module:
         raise ConfigError(f"model.name={options.name} cannot be built: {error}") from error
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def load_weights(
+    model: nn.Module, path: str | Path, *, new_head: bool = False, ema: bool = False, key: str = "model.weights"
+) -> None:
     """Loads a file of weights into `model`, in place and strictly: every key, and every shape.
+
+    With `new_head` the head stays as it is, whatever the file has for one; with `ema` the average that one of our
+    checkpoints holds is taken instead of the raw weights. `key` is the option that names the file.
 
     `path` is a file of torch.save or safetensors that holds a state dict, bare or under "model" or "state_dict", or a
     folder with such a `state.pt`, as our checkpoints are. The keys may begin with "module." or "_orig_mod.". Only
     tensors and plain values are unpickled. Raises ConfigError, in one line, for whatever does not fit.
     """
     model = unwrap(model)
-    where = f"model.weights={path}"
-    state = {_strip(key): value for key, value in _state_dict(_read(Path(path), where), where).items()}
+    where = f"{key}={path}"
+    read = _read(Path(path), where)
+    state = {_strip(key): value for key, value in _state_dict(read["ema"] if ema else read, where).items()}
     wanted = model.state_dict()
+    if new_head:
+        last = head(model)
+        (name,) = (name for name, module in model.named_modules() if module is last)
+        state |= {key: value for key, value in wanted.items() if key.startswith(f"{name}.")}
     # PyTorch before 0.4.1 did not count batches; load_state_dict lets the counter start from 0 then.
     missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in wanted]
@@ -137,6 +157,12 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     if wrong:
         raise ConfigError(f"{where} {_shape_mismatch(wrong, state, wanted)}")
     model.load_state_dict(state, strict=True)
+
+
+def has_ema(path: str | Path) -> bool:
+    """Whether the checkpoint or file of weights at `path` holds averaged weights beside the raw ones."""
+    read = _read(Path(path), str(path))
+    return isinstance(read, dict) and isinstance(read.get("ema"), dict)
 
 
 def _read(path: Path, where: str) -> Any:
@@ -191,7 +217,7 @@ def _shape_mismatch(wrong: list[str], state: dict[str, Tensor], wanted: dict[str
         ((theirs,), (ours,)) = outputs.pop()
         return (
             f"has {theirs} classes ({wrong[0]}) and the model has {ours}: set model.num_classes={theirs} to use it as "
-            f"it is; to fine-tune on {ours} classes its head does not fit: give a file with a head of {ours} classes"
+            f"it is; to fine-tune on {ours} classes set model.new_head=true"
         )
     shapes = [f"{key} {tuple(state[key].shape)} for {tuple(wanted[key].shape)}" for key in wrong]
     return f"is of another network: shapes differ in {_first(shapes)}; set model.name and its options"

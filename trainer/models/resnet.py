@@ -192,6 +192,7 @@ class ResNet(nn.Module):
         check_options(options)
         block, depths = FAMILY[options.name]
         small = options.name in CIFAR
+        self.stride = 2 ** (len(depths) - 1) * (1 if small else 4)  # pixels of the image to one of the last stage
         planes = 16 if small else 64
         self.conv1 = make_stem(planes, small=small, deep=options.variant == "d")
         self.bn1 = nn.BatchNorm2d(planes)

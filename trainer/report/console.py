@@ -72,9 +72,10 @@ class Console:
             self.say(f"{self._where(record['step'])}  {figures}")
 
     def evaluation(self, record: dict[str, Any]) -> None:
+        ema = f"  averaged weights: top-1 {record['ema_top1']:.2f}%" if "ema_top1" in record else ""
         self.say(
             f"{self._where(record['step'])}  evaluated {record['count']:,} images in {record['seconds']:.1f} s: "
-            f"top-1 {record['top1']:.2f}%  top-5 {record['top5']:.2f}%  loss {record['loss']:.4f}"
+            f"top-1 {record['top1']:.2f}%  top-5 {record['top5']:.2f}%  loss {record['loss']:.4f}{ema}"
         )
 
     def close(self) -> None:

@@ -42,4 +42,13 @@ def introduce(
     reporter.say(f"model     {config.model.name}: {parameters:.2f} M parameters, {classes} classes")
     reporter.say(f"devices   {here.size} x {here.device_name}, {dtype}")
     reporter.say(f"plan      {plan}")
-    reporter.say(f"optim     {config.optim.name}, peak lr {config.optim.lr:g} as given: nothing is scaled")
+    reporter.say(f"optim     {config.optim.name}, peak lr {_peak_lr(config, plan)}")
+
+
+def _peak_lr(config: Config, plan: Plan) -> str:
+    optim, peak = config.optim, plan.peak_lr
+    if optim.scale_lr == "none":
+        return f"{peak:g} as given: nothing is scaled"
+    ratio = f"{plan.global_batch} / {optim.lr_batch}"
+    factor = ratio if optim.scale_lr == "linear" else f"sqrt({ratio})"
+    return f"{peak:g} = {optim.lr:g} x {factor}, as optim.scale_lr={optim.scale_lr} asks"

@@ -26,7 +26,8 @@ class Silent:
     def train(self, step: int, averages: Averages, lr: float, grad_norm: float) -> None:
         """Averages since the last such record, up to `step`."""
 
-    def evaluation(self, step: int, averages: Averages, seconds: float) -> None: ...
+    def evaluation(self, step: int, averages: Averages, seconds: float, ema: Averages | None = None) -> None:
+        """Accuracy after `step` steps, and that of the averaged weights where there are any."""
 
     def left_out(self, kind: str, reasons: list[str], converted: int) -> None:
         """So far these training or evaluation images were skipped, and Pillow had to decode `converted` others."""
@@ -65,8 +66,9 @@ class Reporter(Silent):
         record = self._record("train", step, averages, **figures)
         self._console.train(record)
 
-    def evaluation(self, step: int, averages: Averages, seconds: float) -> None:
-        record = self._record("eval", step, averages, count=averages.count, seconds=round(seconds, 3))
+    def evaluation(self, step: int, averages: Averages, seconds: float, ema: Averages | None = None) -> None:
+        more = {"ema_loss": ema.loss, "ema_top1": ema.top1, "ema_top5": ema.top5} if ema else {}
+        record = self._record("eval", step, averages, count=averages.count, seconds=round(seconds, 3), **more)
         self._console.evaluation(record)
 
     def left_out(self, kind: str, reasons: list[str], converted: int) -> None:
