@@ -132,7 +132,7 @@ def _settled() -> float:
     before = -1.0
     while (now := time.process_time()) - before > 0.002:
         before = now
-        time.sleep(0.1)
+        time.sleep(0.25)
     return now
 
 

@@ -283,11 +283,12 @@ def test_a_mistake_is_not_repeated(cluster: Cluster, config: Path, tmp_path: Pat
 def test_what_cannot_run_is_refused_with_nothing_left_behind(
     cluster: Cluster, config: Path, tmp_path: Path, flags: list[str], words: list[str]
 ) -> None:
-    queued = cluster.slurm("squeue", "-h", "-t", "all", "-o", "%i")
+    queued = cluster.slurm("squeue", "-h", "-t", "all", "-o", "%i").split()
     command = ["submit", config, "--cluster", PROFILE, "--nodes", 2, f"output_dir={tmp_path}/run"]
     if "--gpus-per-node" in flags:
         command[3] = REPOSITORY / "slurm" / "gpu1.yaml"
     done = cluster.launch(*command, *flags)
     assert done.status == 2 and done.errors.count("\n") == 1, done.errors
     assert all(word in done.errors for word in words), done.errors
-    assert list(tmp_path.iterdir()) == [] and cluster.slurm("squeue", "-h", "-t", "all", "-o", "%i") == queued
+    assert list(tmp_path.iterdir()) == []
+    assert set(cluster.slurm("squeue", "-h", "-t", "all", "-o", "%i").split()) <= set(queued)  # ended ones fade away
