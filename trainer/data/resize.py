@@ -7,11 +7,13 @@ level, 0.03 on average.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 
 import torch
+
+from trainer.signals import STOP_SIGNALS
 
 
 class Resizer:
@@ -19,13 +21,17 @@ class Resizer:
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
-        # torch counts threads by calling thread: without this each of them would start a team of its own.
-        self._pool = ThreadPoolExecutor(threads, "resize", initializer=partial(torch.set_num_threads, 1))
+        self._pool = ThreadPoolExecutor(threads, "resize", initializer=_alone)
 
     def begin(self, images: Sequence[torch.Tensor], into: Sequence[torch.Tensor]) -> list[Future]:
         """Begin to resize each image, uint8 (h, w, 3), to the shape of what it is to fill; wait for the futures."""
         shares = (slice(first, None, self._threads) for first in range(self._threads))
         return [self._pool.submit(_resize, images[share], into[share]) for share in shares]
+
+
+def _alone() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # they are for the main thread
+    torch.set_num_threads(1)  # torch counts by calling thread: each of these would start a team of its own
 
 
 @torch.inference_mode()  # an evaluation's tensors may be filled in it alone, and a thread has a mode of its own
