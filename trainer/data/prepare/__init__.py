@@ -81,7 +81,9 @@ def _submit(pool: ProcessPoolExecutor, work: Callable[[Job], Result], job: Job) 
 
 
 def _follow(initializer: Callable[[], None] | None) -> None:
-    """In a worker: end with the parent where that is killed."""
+    """In a worker: leave the stop signals to the parent, and end with it where that is killed."""
+    # Again and here: a forkserver serves the whole process, and whoever started it may not have held them back.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     if initializer is not None:
