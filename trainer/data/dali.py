@@ -2,8 +2,8 @@
 
 DALI draws nothing: paths, windows, flips and labels come from outside, so a batch is a pure function of its arguments.
 The resize is PIL's bilinear: DALI's triangular filter on a GPU, torch's code on the CPU, where DALI's takes nearly as
-long as the decoding. EXIF orientation is ignored as torchvision and timm ignore it (ImageNet holds rotated tags): a
-test holds the pixels to PIL's.
+long as the decoding. What a CPU trains on and is only flipped and normalised after that, torch finishes too. EXIF
+orientation is ignored as torchvision and timm ignore it: ImageNet holds rotated tags. A test holds the pixels to PIL's.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 
 from trainer.data import ops
+from trainer.data.normalise import Normaliser
 from trainer.data.resize import Resizer
 
 # What `source` returns for each graph, in this order: see `Graph.source`.
@@ -58,24 +59,29 @@ def build(graph: Graph, source: Callable[[], Feed]) -> Decoding:
     """What decodes the batches that `source` names, which it calls ahead of need, in the thread that calls `run`."""
     if graph.decode_on_gpu or graph.mode == "padded":
         return Decoding([_whole(graph, source)])
+    if graph.device_id is None and graph.steps == NO_STEPS and not graph.half:
+        link = _Normalising(graph, source)
+        return Decoding([link.decode], link.next)
     link = _Link(graph, source)
-    return Decoding([link.decode, _finish(graph, link.resized)])
+    return Decoding([link.decode, _finish(graph, link.next)])
 
 
-@dataclass(frozen=True)
 class Decoding:
     """One pipeline, or two with the CPU's resize between them: the last one calls what is before it."""
 
-    pipelines: list[Pipeline]
+    def __init__(self, pipelines: list[Pipeline], batch: Callable[[], tuple] | None = None) -> None:
+        """As the class says; `batch` returns the next (images, labels) where that is not the last pipeline's."""
+        self.pipelines = pipelines
+        self.batch = batch or (lambda: tuple(torch.from_dlpack(each.as_tensor()) for each in pipelines[-1].run()))
 
 
 def run(decoding: Decoding) -> tuple[torch.Tensor, torch.Tensor]:
     """The next (images, labels): images NCHW in channels-last memory, labels int64 of shape (n,).
 
-    Nothing is copied: the tensors are DALI's own buffers, which live as long as the tensors do. Raises StopIteration
-    where the source does, and RuntimeError, naming the file, where an image cannot be decoded.
+    Nothing is copied: the tensors are the buffers that were filled, which live as long as the tensors do. Raises
+    StopIteration where the source does, and RuntimeError, naming the file, where an image cannot be decoded.
     """
-    images, labels = (torch.from_dlpack(output.as_tensor()) for output in decoding.pipelines[-1].run())
+    images, labels = decoding.batch()
     return images.permute(0, 3, 1, 2), labels.reshape(-1)
 
 
@@ -133,30 +139,31 @@ def _finish(graph: Graph, source: Callable[[], Feed]) -> Pipeline:
 
 
 class _Link:
-    """Between the decoding of a batch on the CPU and what follows its resize, which runs a batch ahead."""
+    """From the decoding of a batch on the CPU to its resize, which runs a batch ahead, for DALI to finish."""
 
     def __init__(self, graph: Graph, source: Callable[[], Feed]) -> None:
         self._graph, self._source = graph, source
-        self._resizer = Resizer(graph.threads)
-        self._feeds: deque[Feed] = deque()  # what the batches in flight need after their resize
+        self._feeds: deque[Feed] = deque()  # what the batches in flight need after their decoding
         self._begun: deque[tuple] = deque()
-        # The pipeline copies what it is fed. Fresh memory would be 2,400 new pages for a batch of 64.
-        self._squares = deque(torch.empty(0, dtype=torch.uint8) for _ in range(2))
         self.decode = _pipeline(graph, self._named, 1 if graph.mode == "center" else 3, _decode)
+        self._prepare()
 
-    def resized(self) -> Feed:
-        """A batch as `_finish` asks for it, while the next one is being resized; StopIteration after the last."""
+    def next(self) -> tuple:
+        """A batch that is ready, while the next one is being made; StopIteration after the last."""
         while len(self._begun) < 2:
             try:
-                self._begun.append(self._begin())
+                (decoded,) = self.decode.run()
             except StopIteration:
                 break
+            labels, *feed = self._feeds.popleft()
+            images = [torch.from_dlpack(decoded[i]) for i in range(len(labels))]
+            self._begun.append(self._begin(images, labels, *feed))
         if not self._begun:
             raise StopIteration
-        futures, images, feed = self._begun.popleft()
+        futures, *batch = self._begun.popleft()
         for future in futures:
             future.result()
-        return images, *feed
+        return tuple(batch)
 
     def _named(self) -> Feed:
         """What the decoder is to decode."""
@@ -165,16 +172,19 @@ class _Link:
         _, _, starts, _, shapes = feed[:5]
         return (files,) if self._graph.mode == "center" else (files, starts, shapes)
 
-    def _begin(self) -> tuple:
-        (decoded,) = self.decode.run()
-        labels, flips, starts, sides, shapes, *inputs = self._feeds.popleft()
-        images = [torch.from_dlpack(decoded[i]) for i in range(len(labels))]
+    def _prepare(self) -> None:
+        self._resizer = Resizer(self._graph.threads)
+        # The pipeline copies what it is fed. Fresh memory would be 2,400 new pages for a batch of 64.
+        self._squares = deque(torch.empty(0, dtype=torch.uint8) for _ in range(2))
+
+    def _begin(self, images: list[torch.Tensor], labels, flips, starts, sides, shapes, *inputs) -> tuple:
+        """(futures to wait for, what `_finish` asks for)."""
         if self._graph.mode == "center":
             into = [torch.empty(*map(int, shape), 3, dtype=torch.uint8) for shape in shapes]
-            feed = [image.numpy() for image in into], (labels, flips, starts, sides, *inputs)
+            feed = [image.numpy() for image in into], labels, flips, starts, sides, *inputs
         else:
             into = self._square(int(sides[0, 0]))[: len(images)]
-            feed = into.numpy(), (labels, flips, *inputs)
+            feed = into.numpy(), labels, flips, *inputs
         return self._resizer.begin(images, into), *feed
 
     def _square(self, side: int) -> torch.Tensor:
@@ -184,6 +194,19 @@ class _Link:
         if self._squares[0].shape != shape:
             self._squares[0] = torch.empty(shape, dtype=torch.uint8)
         return self._squares[0]
+
+
+class _Normalising(_Link):
+    """From the decoding to the end, for a CPU and pixels that nothing else is done to: (images NHWC, labels)."""
+
+    def _prepare(self) -> None:
+        self._normaliser = Normaliser(self._graph.threads, self._graph.mean, self._graph.std)
+
+    def _begin(self, images: list[torch.Tensor], labels, flips, starts, sides, shapes) -> tuple:
+        if self._graph.mode == "resized":  # the window has been cut out before
+            starts, shapes = np.zeros_like(shapes), sides
+        futures, batch = self._normaliser.begin(images, shapes, starts, int(sides[0, 0]), flips)
+        return futures, batch, torch.from_numpy(labels)
 
 
 def _decode(graph: Graph, files, *window):
