@@ -35,15 +35,16 @@ class Learner:
     scaler: torch.amp.GradScaler
     lr_at: Callable[[int], float]
     device: torch.device
-    dtype: torch.dtype | None  # to autocast to
-    accumulation: int
-    clip: Clip | None
-    average: Average | None  # of the weights, beside them
-    teacher: Teacher | None
-    uphill: Callable[[int], float]  # how far the gradient of a step is taken uphill; 0: where the weights stand
-    mix: Mixing | None  # None: nothing is mixed
-    skipping: Skipping | None  # None: a gradient that is not finite is applied, and found out later
-    seed: int  # of what the network draws (dropout): a function of (seed, step), so that nothing needs saving
+    dtype: torch.dtype | None = None  # to autocast to
+    accumulation: int = 1
+    clip: Clip | None = None
+    average: Average | None = None  # of the weights, beside them
+    teacher: Teacher | None = None
+    # How far uphill the gradient of a step is taken; 0: where the weights stand.
+    uphill: Callable[[int], float] = lambda step: 0.0
+    mix: Mixing | None = None  # None: nothing is mixed
+    skipping: Skipping | None = None  # None: a gradient that is not finite is applied, and found out later
+    seed: int = 0  # of what the network draws (dropout): a function of (seed, step), so that nothing needs saving
 
 
 @dataclass(frozen=True)
