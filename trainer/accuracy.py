@@ -31,9 +31,10 @@ class Accuracy:
     agreement: Agreement
     watch: Watch
 
-    def of(self, model: nn.Module, step: int) -> tuple[Averages | None, int]:
-        """(the accuracy of `model` after `step` steps, 0), or (None, the signal that all ranks agreed to stop for).
+    def of(self, model: nn.Module, coming: int) -> tuple[Averages | None, int]:
+        """(the accuracy of `model`, 0), or (None, the signal that all ranks agreed to stop for).
 
+        `coming` is the step whose images are the next to be trained on: `loop.precise_bn` takes its statistics of them.
         Every rank calls it and gets the same. BatchNorm's statistics are the ranks' mean for the duration.
         """
         self.watch.enter("evaluate")
@@ -48,7 +49,7 @@ class Accuracy:
         loop, dtype = self.config.loop, precision.amp_dtype(self.config.precision, self.here.device)
         statistics = nullcontext()
         if loop.precise_bn:
-            statistics = precise_statistics(model, self.config, self.data, self.plan, self.here, step, dtype)
+            statistics = precise_statistics(model, self.config, self.data, self.plan, self.here, coming, dtype)
         with statistics, averaged_buffers(model, self.here):
             found = evaluate(model, self.batches, self.here, dtype, stop, loop.eval_flip)
         return found, stopped_by

@@ -104,14 +104,14 @@ def train_steps(
             _gradient_uphill(learner, step, seen, backward)
         enter("update", step)
         totals[4] = _update(learner)
-        if learner.average is not None:
-            learner.average.update(step)
         bad = ~torch.stack([totals[0], totals[4]]).isfinite()
         totals[5] = 1
         if learner.skipping:
             learner.skipping.restore(statistics, ~bad[1])
             totals = torch.where(bad[1], 0.0, totals)
             totals[6] = bad[1]
+        if learner.average is not None:  # after a skipped step of the weights and statistics that it left
+            learner.average.update(step)
         yield StepRecord(step, lr, totals, bad, waited)
 
 

@@ -233,9 +233,10 @@ class _Run:
         None, and the signal, where all ranks agreed to stop for one: nothing is reported then.
         """
         began, progress, average = time.monotonic(), self.progress, None
-        found, stopped_by = self.accuracy.of(self.state.model, progress.step)
+        coming = data_step(self.rollbacks)(progress.step)
+        found, stopped_by = self.accuracy.of(self.state.model, coming)
         if found and self.state.average is not None:
-            average, stopped_by = self.accuracy.of(self.state.average, progress.step)
+            average, stopped_by = self.accuracy.of(self.state.average, coming)
         if found is None or stopped_by:
             return None, stopped_by
         progress.last_top1 = found.top1
