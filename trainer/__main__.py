@@ -145,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     benchmark.add_argument("what", choices=("loader", "end-to-end"), help=what)
     benchmark.add_argument("config", metavar="CONFIG")
     benchmark.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    benchmark.add_argument("--count", type=int, metavar="N", help="images (loader: 2000) or steps a block (10)")
+    benchmark.add_argument("--count", type=int, metavar="N", help="images (loader: 400) or steps (10) a block")
     benchmark.set_defaults(command=_benchmark)
 
     describe = commands.add_parser("describe", help="the layers, parameters and multiply-adds of a network")

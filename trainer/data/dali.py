@@ -58,21 +58,35 @@ class Graph:
 def build(graph: Graph, source: Callable[[], Feed]) -> Decoding:
     """What decodes the batches that `source` names, which it calls ahead of need, in the thread that calls `run`."""
     if graph.decode_on_gpu or graph.mode == "padded":
-        return Decoding([_whole(graph, source)])
+        return _from([_whole(graph, source)])
     if graph.device_id is None and graph.steps == NO_STEPS and not graph.half:
         link = _Normalising(graph, source)
         return Decoding([link.decode], link.next)
     link = _Link(graph, source)
-    return Decoding([link.decode, _finish(graph, link.next)])
+    return _from([link.decode, _finish(graph, link.next)])
 
 
+def _from(pipelines: list[Pipeline]) -> Decoding:
+    return Decoding(pipelines, lambda: tuple(torch.from_dlpack(each.as_tensor()) for each in pipelines[-1].run()))
+
+
+def decode_only(graph: Graph, source: Callable[[], Feed]) -> Decoding:
+    """The decoding of the same batches and nothing after it: what the rest is measured against."""
+
+    def named() -> Feed:
+        files, *feed = source()
+        return _to_decode(graph, files, feed)
+
+    pipeline = _pipeline(graph, named, 3 if graph.mode == "resized" else 1, _decode)
+    return Decoding([pipeline], pipeline.run)
+
+
+@dataclass(frozen=True)
 class Decoding:
-    """One pipeline, or two with the CPU's resize between them: the last one calls what is before it."""
+    """One pipeline, or two with the CPU's resize between them: `batch` returns the next (images NHWC, labels)."""
 
-    def __init__(self, pipelines: list[Pipeline], batch: Callable[[], tuple] | None = None) -> None:
-        """As the class says; `batch` returns the next (images, labels) where that is not the last pipeline's."""
-        self.pipelines = pipelines
-        self.batch = batch or (lambda: tuple(torch.from_dlpack(each.as_tensor()) for each in pipelines[-1].run()))
+    pipelines: list[Pipeline]
+    batch: Callable[[], tuple]
 
 
 def run(decoding: Decoding) -> tuple[torch.Tensor, torch.Tensor]:
@@ -169,8 +183,7 @@ class _Link:
         """What the decoder is to decode."""
         files, *feed = self._source()
         self._feeds.append(tuple(feed))
-        _, _, starts, _, shapes = feed[:5]
-        return (files,) if self._graph.mode == "center" else (files, starts, shapes)
+        return _to_decode(self._graph, files, feed)
 
     def _prepare(self) -> None:
         self._resizer = Resizer(self._graph.threads)
@@ -207,6 +220,11 @@ class _Normalising(_Link):
             starts, shapes = np.zeros_like(shapes), sides
         futures, batch = self._normaliser.begin(images, shapes, starts, int(sides[0, 0]), flips)
         return futures, batch, torch.from_numpy(labels)
+
+
+def _to_decode(graph: Graph, files: list[np.ndarray], feed: list[np.ndarray]) -> Feed:
+    """What `_decode` is given of a batch."""
+    return (files, feed[2], feed[4]) if graph.mode == "resized" else (files,)
 
 
 def _decode(graph: Graph, files, *window):

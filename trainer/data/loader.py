@@ -98,6 +98,16 @@ class TrainingBatches:
         feed = TrainingFeed(config, data.train, plan, self.salvage, world.rank, lambda n: data_step(first_step + n))
         self._batches = _decoder(config, world, feed, plan.batch, self.salvage).batches()
 
+    @classmethod
+    def decoded_alone(cls, config: Config, data: DataSet, plan: Plan, world: World) -> Iterator[object]:
+        """The same images from step 0, decoded and nothing else: the limit of the rest. DataError without DALI."""
+        if config.data.source != "dali":
+            raise DataError(f"data.source={config.data.source} has no decoding of its own: use data.source=dali")
+        assert data.train is not None
+        salvage = Salvage(config.data, data.train)
+        feed = TrainingFeed(config, data.train, plan, salvage, world.rank, lambda step: step)
+        return _decoder(config, world, feed, plan.batch, salvage).alone()
+
     def __iter__(self) -> Iterator[Batch]:
         return self
 
