@@ -12,7 +12,7 @@ from conftest import REPOSITORY, here
 
 from launch import affinity, attempt, logs, profile, script, snapshot, state, status, sweep
 from launch.__main__ import main
-from launch.attempt import DONE, REQUEUE, STOP, WAIT, Ending, Record, decide
+from launch.attempt import CLAIM_S, DONE, REQUEUE, STOP, UNSURE, WAIT, Ending, Record, claimed, decide
 from launch.profile import Profile
 from launch.record import Launch, Submitted
 from trainer.config import Config, ConfigError
@@ -97,7 +97,7 @@ def test_in_a_container_only_the_ranks_are(submitted: Submitted, runtime: str) -
         (Ending(75, signal="SIGUSR2"), REQUEUE),
         (Ending(75), REQUEUE),  # before the first step: no summary says which signal
         (Ending(75, signal="SIGUSR2", cancelled=True), WAIT),
-        (Ending(75, signal="SIGTERM"), WAIT),  # somebody's kill: saved, and not requeued
+        (Ending(75, signal="SIGTERM"), UNSURE),  # the queue's or a stray one
         (Ending(75, signal="SIGTERM", preempted=True), REQUEUE),
         (Ending(75, signal="SIGTERM", job_state="CANCELLED"), WAIT),  # requeued, it would rise from the dead
         (Ending(75, signal="SIGUSR2", job_state="PENDING"), WAIT),
@@ -113,6 +113,23 @@ def test_in_a_container_only_the_ranks_are(submitted: Submitted, runtime: str) -
 )
 def test_the_verdict_on_an_attempt(ending: Ending, verdict: str) -> None:
     assert decide(ending)[0] == verdict
+
+
+@pytest.mark.parametrize(
+    ("then", "cancelled", "verdict"),
+    [
+        (("RUNNING", False), False, REQUEUE),
+        (("RUNNING", True), False, REQUEUE),
+        (("CANCELLED", False), False, WAIT),  # requeued, it would rise from the dead
+        (("PENDING", False), False, WAIT),  # scontrol requeue
+        (("RUNNING", False), True, WAIT),
+    ],
+)
+def test_whose_a_signal_was_shows_within_a_minute(then: tuple[str, bool], cancelled: bool, verdict: str) -> None:
+    slept: list[float] = []
+    found, reason = claimed(lambda: then if len(slept) > 3 else ("RUNNING", False), lambda: cancelled, slept.append)
+    assert found == verdict and reason
+    assert sum(slept) == CLAIM_S or then != ("RUNNING", False) or cancelled
 
 
 def test_restarts_without_progress_are_bounded_and_progress_counts_anew(
