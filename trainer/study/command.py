@@ -41,6 +41,7 @@ def study(path: str, words: list[str], choice: Choice) -> int:
         return DONE
     failed, stop = [], None
     if not choice.drawing:
+        _demand_networks(chosen)
         try:
             failed = execute.execute(chosen, choice.ranks)
         except Stopped as stopped:
@@ -52,6 +53,21 @@ def study(path: str, words: list[str], choice: Choice) -> int:
     for run in failed:
         print(f"failed: {run}")
     return FAILED if failed else DONE
+
+
+def _demand_networks(runs: list[grid.Run]) -> None:
+    """ConfigError for a network that cannot be built: better now than when its turn comes."""
+    import torch
+
+    from trainer.models import build
+
+    for number, run in enumerate(runs):
+        if run.config.model not in [before.config.model for before in runs[:number]]:
+            try:
+                with torch.device("meta"):
+                    build.create(run.config.model, run.config.model.num_classes or 10)
+            except ConfigError as error:
+                raise ConfigError(f"{run.name}: {error}") from error
 
 
 def _draw(plan: grid.Study, runs: list[grid.Run]) -> None:

@@ -81,9 +81,9 @@ def _heat_maps(study: Study, runs: list[Run]) -> str:
         marks += [f"<rect x='{width - 170 + place:g}' y='12' width='1.5' height='12' fill='{svg.colour(place / 99)}'/>"]
     for number, (name, (rows, end)) in enumerate(maps.items()):
         panel = _place(number, (0.0, end), (len(rows) or 1, 0.0))
+        marks += svg.frame(panel, f"{name} ({len(rows)} layers)", WORDS[plot.x], "layer")
         if rows:
             marks += svg.heat(panel, list(rows.values()), lambda v: (v - low) / ((high - low) or 1))
-        marks += svg.frame(panel, f"{name} ({len(rows)} layers)", WORDS[plot.x], "layer")
     return svg.page(*_size(len(maps)), marks)
 
 

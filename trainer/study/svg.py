@@ -53,7 +53,9 @@ def upright(x: float, y: float, words: str) -> str:
 
 
 def line(points: list[tuple[float, float]], colour: str, width: float) -> str:
-    """A line through points of the page."""
+    """A line through points of the page; a dot where there is one."""
+    if len(points) == 1:
+        return f"<circle cx='{points[0][0]:.1f}' cy='{points[0][1]:.1f}' r='{1.5 * width:g}' fill='{colour}'/>"
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     return f"<polyline points='{path}' fill='none' stroke='{colour}' stroke-width='{width:g}' stroke-linejoin='round'/>"
 
@@ -108,7 +110,8 @@ def colour(share: float) -> str:
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers from low to high, about so many."""
+    """Round numbers from the lower to the higher end, about so many."""
+    low, high = min(low, high), max(low, high)
     span = (high - low) or 1.0
     rough = span / about
     power = 10.0 ** math.floor(math.log10(rough))
