@@ -96,13 +96,9 @@ def _benchmark(options: argparse.Namespace) -> int:
 
 
 def _describe(options: argparse.Namespace) -> int:
-    from trainer import configfile
+    from trainer.models import describe
 
-    config = configfile.load(None, options.overrides)
-    from trainer.models import build, summary
-
-    model = build.create(config.model, config.model.num_classes or 1000)
-    print(summary.format_table(summary.layer_table(model, config.data.image_size)))
+    print(describe.describe(options.overrides, layers=options.layers))
     return 0
 
 
@@ -157,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
 
     describe = commands.add_parser("describe", help="the layers, parameters and multiply-adds of a network")
     describe.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example model.name=resnet101")
+    describe.add_argument("--layers", action="store_true", help="every layer instead of every stage")
     describe.set_defaults(command=_describe)
 
     study = commands.add_parser("study", help="train a grid of configs; a table and a figure of it")
