@@ -23,7 +23,7 @@ COLUMNS = [
     {"checkpoint", "report", "state", "learner", "tally"},
     {"retention", "intake", "accuracy"},
     {"resume", "saver"},
-    {"train", "evaluation", "benchmark"},
+    {"train", "evaluation", "benchmark", "study"},
     {"__main__"},
 ]
 SOURCES = sorted((REPOSITORY / "trainer").rglob("*.py"))

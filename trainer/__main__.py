@@ -96,14 +96,17 @@ def _benchmark(options: argparse.Namespace) -> int:
 
 
 def _describe(options: argparse.Namespace) -> int:
-    from trainer import configfile
+    from trainer.models import describe
 
-    config = configfile.load(None, options.overrides)
-    from trainer.models import build, summary
-
-    model = build.create(config.model, config.model.num_classes or 1000)
-    print(summary.format_table(summary.layer_table(model, config.data.image_size)))
+    print(describe.describe(options.overrides, layers=options.layers))
     return 0
+
+
+def _study(options: argparse.Namespace) -> int:
+    from trainer.study import command
+
+    chosen = command.Choice(options.ranks, options.only, listing=options.list, drawing=options.draw)
+    return command.study(options.study, options.overrides, chosen)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -150,7 +153,17 @@ def _parser() -> argparse.ArgumentParser:
 
     describe = commands.add_parser("describe", help="the layers, parameters and multiply-adds of a network")
     describe.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example model.name=resnet101")
+    describe.add_argument("--layers", action="store_true", help="every layer instead of every stage")
     describe.set_defaults(command=_describe)
+
+    study = commands.add_parser("study", help="train a grid of configs; a table and a figure of it")
+    study.add_argument("study", metavar="STUDY", help="a YAML file, see configs/studies/")
+    study.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of every run, or of the study: seeds=[0,1]")
+    study.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these runs and no others")
+    study.add_argument("--ranks", type=int, default=1, metavar="N", help="processes of a run, by torchrun (1)")
+    study.add_argument("--list", action="store_true", help="the runs, where they stand, their commands; train nothing")
+    study.add_argument("--draw", action="store_true", help="table and figure of what there is; train nothing")
+    study.set_defaults(command=_study)
     return parser
 
 

@@ -194,6 +194,8 @@ class _Run:
         found = self.tally.read(due)
         if found.averages:
             self.reporter.train(due.step, found.averages, due.lr, found.grad_norm)
+        if found.norms:
+            self.reporter.gradients(due.step, found.norms)
         if found.skipped:
             blame = self.tally.blame(due)
             self.reporter.say(f"warning: {found.skipped} steps before step {due.step} were skipped, {blame}")

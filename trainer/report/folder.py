@@ -20,10 +20,11 @@ from trainer.mistakes import warn
 from trainer.report.lease import FolderLostError, Holder, Lease
 
 PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "wandb", "numpy", "omegaconf")
+LINES = ("metrics.jsonl", "gradients.jsonl")  # one object a line, each with its step
 
 
 class RunFolder:
-    """`output_dir` of one run. Files are replaced whole, except metrics.jsonl, which grows by whole lines.
+    """`output_dir` of one run. Files are replaced whole, except those of LINES, which grow by whole lines.
 
     Two processes of one kernel are kept apart by its lock, which ends with its holder, however that ends. Not every
     network file system passes locks on to other hosts, so there is a lease as well.
@@ -33,7 +34,7 @@ class RunFolder:
         self.path = Path(path)
         self.lease = Lease(self.path)
         self._lock: IO[str] | None = None
-        self._metrics: IO[bytes] | None = None
+        self._lines: dict[str, IO[bytes]] = {}
         self._complained = False
 
     @property
@@ -76,7 +77,7 @@ class RunFolder:
         self.lease.demand()
 
     def release(self) -> None:
-        for file in (self._metrics, self._lock):
+        for file in (*self._lines.values(), self._lock):
             if file is not None:
                 file.close()
         self.lease.release()
@@ -117,22 +118,23 @@ class RunFolder:
         except FolderLostError:
             pass  # the saver has said so, and the run has ended for it
 
-    def add_metrics(self, record: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl, or none of it; what cannot be written is warned of, once a run."""
+    def add_metrics(self, record: dict[str, Any], name: str = "metrics.jsonl") -> None:
+        """Append one line to a file of LINES, or none of it; what cannot be written is warned of, once a run."""
         line = json.dumps(record).encode() + b"\n"
         try:
-            if self._metrics is None:
+            if name not in self._lines:
                 # Unbuffered: a line that a full disk refused must not come back with the next one.
-                self._metrics = open(self.path / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115 (kept open)
-            end = os.fstat(self._metrics.fileno()).st_size
+                self._lines[name] = open(self.path / name, "ab", buffering=0)  # noqa: SIM115 (kept open)
+            file = self._lines[name]
+            end = os.fstat(file.fileno()).st_size
             try:
                 while line:  # a disk that is nearly full takes a part, and refuses the rest
-                    line = line[self._metrics.write(line) :]
+                    line = line[file.write(line) :]
             except OSError:
-                self._metrics.truncate(end)
+                file.truncate(end)
                 raise
         except OSError as error:
-            self._complain(str(_unwritable(self.path / "metrics.jsonl", error)))
+            self._complain(str(_unwritable(self.path / name, error)))
 
     def _complain(self, problem: str) -> None:
         if not self._complained:
@@ -141,21 +143,22 @@ class RunFolder:
 
     def rewind_metrics(self, step: int) -> None:
         """Drop the lines of steps after `step`, which a resumed run takes again, and a line that a kill cut short."""
-        if self._metrics is not None:
-            self._metrics.close()
-            self._metrics = None
-        path = self.path / "metrics.jsonl"
-        if not path.exists():
-            return
+        for name in LINES:
+            if name in self._lines:
+                self._lines.pop(name).close()
+            if (self.path / name).exists():
+                self._rewind(name, step)
+
+    def _rewind(self, name: str, step: int) -> None:
         kept = []
-        for line in path.read_text().splitlines():
+        for line in (self.path / name).read_text().splitlines():
             try:
                 record = json.loads(line)
             except ValueError:
                 continue
             if record["step"] <= step:
                 kept.append(line + "\n")
-        self.write("metrics.jsonl", "".join(kept))
+        self.write(name, "".join(kept))
 
 
 def _unwritable(what: str | Path, error: OSError) -> ConfigError:

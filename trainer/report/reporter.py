@@ -26,6 +26,9 @@ class Silent:
     def train(self, step: int, averages: Averages, lr: float, grad_norm: float) -> None:
         """Averages since the last such record, up to `step`."""
 
+    def gradients(self, step: int, norms: dict[str, float | None]) -> None:
+        """The norm of each parameter's gradient in the last of `step` steps."""
+
     def evaluation(self, step: int, averages: Averages, seconds: float, ema: Averages | None = None) -> None:
         """Accuracy after `step` steps, and that of the averaged weights where there are any."""
 
@@ -66,6 +69,11 @@ class Reporter(Silent):
         record = self._record("train", step, averages, **figures)
         self._console.train(record)
 
+    def gradients(self, step: int, norms: dict[str, float | None]) -> None:
+        rounded = {name: None if norm is None else float(f"{norm:.5g}") for name, norm in norms.items()}
+        record = {"step": step, **self._progress(step), "norms": rounded}
+        self._folder.add_metrics(record | {"wall_seconds": round(self.wall_seconds, 3)}, "gradients.jsonl")
+
     def evaluation(self, step: int, averages: Averages, seconds: float, ema: Averages | None = None) -> None:
         more = {"ema_loss": ema.loss, "ema_top1": ema.top1, "ema_top5": ema.top5} if ema else {}
         record = self._record("eval", step, averages, count=averages.count, seconds=round(seconds, 3), **more)
@@ -97,12 +105,10 @@ class Reporter(Silent):
 
     def _record(self, kind: str, step: int, averages: Averages, **more: Any) -> dict[str, Any]:
         """Write a record down, and return it."""
-        samples = step * self._plan.global_batch
         record = {
             "kind": kind,
             "step": step,
-            "epoch": round(samples / self._plan.samples, 4),
-            "samples": samples,
+            **self._progress(step),
             "loss": averages.loss,
             "top1": averages.top1,
             "top5": averages.top5,
@@ -112,3 +118,8 @@ class Reporter(Silent):
         self._folder.add_metrics(record)
         self._wandb.log(record)
         return record
+
+    def _progress(self, step: int) -> dict[str, Any]:
+        """`step` in other units."""
+        samples = step * self._plan.global_batch
+        return {"epoch": round(samples / self._plan.samples, 4), "samples": samples}
