@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import here
+from conftest import draw, here, metrics
 from nets import images, ours, scatter_norms
+from trained import SMALL
 
 from trainer.config import Model
 from trainer.export import formats
@@ -177,3 +178,32 @@ def test_mistakes_are_one_line(trained: Path, tmp_path: Path, monkeypatch) -> No
         assert re.search(message, done.errors) and done.errors.count("\n") == 1, done.errors
     with pytest.raises(SystemExit):
         here("export", trained, "--formt", "pt2")
+
+
+def test_an_export_starts_a_run_on_other_classes(trained: Path, tmp_path: Path) -> None:
+    exported = tmp_path / "e.safetensors"
+    assert here("export", trained, "--ema", "--output", exported).status == 0
+    draw(tmp_path / "own" / "train", 3, [8] * 3, seed=5)
+    draw(tmp_path / "own" / "val", 3, [2] * 3, seed=6)
+    (tmp_path / "c.yaml").write_text("{}")
+    options = [
+        *SMALL,
+        f"data.root={tmp_path / 'own'}",
+        f"model.weights={exported}",
+        "loop.max_steps=1",
+        "optim.lr=1e-9",
+    ]
+    refused = here("train", tmp_path / "c.yaml", *options, f"output_dir={tmp_path / 'no'}")
+    assert refused.status == 2 and re.search(r"has 4 classes .* model has 3: .*model\.new_head=true", refused.errors)
+    options += ["model.new_head=true", f"output_dir={tmp_path / 'run'}"]
+    done = here("train", tmp_path / "c.yaml", *options)
+    assert done.status == 0, done.errors
+    # At a rate of nothing the weights are still those that came in, under a head of its own.
+    before, after = find(str(trained), []).model(ema=True), find(str(tmp_path / "run"), []).model()
+    theirs = dict(before.named_parameters())
+    for name, value in after.named_parameters():
+        if name.startswith("fc."):
+            assert value.shape[0] == 3
+        else:
+            torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-6)
+    assert metrics(tmp_path / "run", "eval")[-1]["count"] == 6

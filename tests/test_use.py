@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import here, torchrun
+from nets import same
 from PIL import Image
 
+from trainer.config import Model
 from trainer.models import pretrained
+from trainer.models.build import create
 from trainer.target import find
 
 
@@ -83,9 +86,6 @@ def test_real_and_numbered_sets(trained: Path, tiny: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["timm:resnet18.a1_in1k", "torchvision:resnet18"])
 def test_a_librarys_weights_from_a_file(name: str, tiny: Path, tmp_path: Path) -> None:
-    from trainer.config import Model
-    from trainer.models.build import create
-
     torch.manual_seed(0)
     torch.save(create(Model(name=name), 1000).state_dict(), tmp_path / "w.pt")
     # Made as the library says, and by number as anybody's.
@@ -171,19 +171,40 @@ def test_mistakes_are_one_line(trained: Path, tiny: Path, tmp_path: Path) -> Non
     assert done.status == 2 and "1 of 2 files" in done.errors and "torn.jpg" in done.errors and done.output == ""
 
 
-def test_no_network_is_one_line(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(*arguments: object, **options: object) -> None:
+@pytest.fixture
+def unreachable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """torch's hub folder, empty, on a machine without a network."""
+
+    def refuse(*arguments: object, **options: object) -> None:
         raise OSError("Name or service not known\nand more")
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tiny / "nowhere"))
-    done = here("predict", "torchvision:resnet18", next((tiny / "val").rglob("*.JPEG")))
-    assert done.status == 2 and done.errors.count("\n") == 1
-    assert re.search(r"weights of torchvision:resnet18 cannot be fetched .*model\.weights=FILE", done.errors)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", refuse)
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_url", refuse)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    return tmp_path / "hub"
 
 
-def test_late_options_are_taken_and_unknown_ones_refused(trained: Path) -> None:
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18.a1_in1k"])
+def test_no_network_is_one_line(name: str, tiny: Path, unreachable: Path) -> None:
+    done = here("predict", name, next((tiny / "val").rglob("*.JPEG")))
+    assert done.status == 2 and done.errors.count("\n") == 1, done.errors
+    assert re.search(rf"weights of {name} cannot be fetched .*model\.weights=FILE", done.errors)
+
+
+def test_a_librarys_own_weights_come_from_its_cache(tiny: Path, unreachable: Path) -> None:
+    model = create(Model(name="torchvision:resnet18"), 1000)
+    (unreachable / "checkpoints").mkdir(parents=True)
+    torch.save(model.state_dict(), unreachable / "checkpoints" / "resnet18-f37072fd.pth")
+    found = find("torchvision:resnet18.IMAGENET1K_V1", []).model()
+    assert same(dict(found.state_dict()), dict(model.state_dict())) and not found.training
+
+
+def test_late_options_are_taken_and_unknown_ones_refused(trained: Path, tiny: Path) -> None:
     assert line(trained, "--table", "data.eval_size=48")["count"] == 23
+    files = sorted((tiny / "val").rglob("*.JPEG"))[:2]
+    done = here("predict", trained, files[0], "--json", files[1])
+    assert [json.loads(text)["file"] for text in done.output.splitlines()] == [str(file) for file in files]
     with pytest.raises(SystemExit):
         here("evaluate", trained, "--tabel")
     assert np.isfinite(line(trained, "loop.eval_flip=true")["loss"])

@@ -122,13 +122,14 @@ def _describe(options: argparse.Namespace) -> int:
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line. argparse takes no key=value behind an option, so those come in here."""
+    """The command line. argparse takes no key=value and no image behind an option, so those come in here."""
     parser = _parser()
     options, late = parser.parse_known_args(arguments)
-    if late and (not hasattr(options, "overrides") or any(text.startswith("-") for text in late)):
+    many = getattr(options, "images", getattr(options, "overrides", None))
+    if late and (many is None or any(text.startswith("-") for text in late)):
         parser.error(f"unrecognized arguments: {' '.join(late)}")
     if late:
-        options.overrides += late
+        many += late
     return options
 
 

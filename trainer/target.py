@@ -83,7 +83,7 @@ def find(text: str, overrides: list[str]) -> Target:
 
 _KINDS = (
     "give a run folder, a checkpoint folder, an exported .safetensors file, a CONFIG.yaml with model.weights=FILE, "
-    "timm:NAME or torchvision:NAME"
+    "timm:NAME or torchvision:NAME, or NAME model.weights=FILE"
 )
 
 
@@ -151,8 +151,8 @@ def _named(text: str, overrides: list[str]) -> Target:
         if about is None:
             raise ConfigError(f"{text} has no weights of its own: add model.weights=FILE")
         return Target(name=text, config=config, tag=tag, classes=classes)
-    where = Path(weights)
-    known = _classes(where)
-    if known is None and classes is not None and len(classes) == config.model.num_classes:
+    if known := _classes(Path(weights)):  # one of our files, which may be of other classes than the library's
+        config = configfile.load(None, [*preset, f"model.num_classes={len(known)}", *overrides])
+    elif classes is not None and len(classes) == config.model.num_classes:
         known = classes
-    return Target(name=weights, config=config, weights=where, tag=tag, classes=known)
+    return Target(name=weights, config=config, weights=Path(weights), tag=tag, classes=known)
