@@ -18,12 +18,13 @@ COLUMNS = [
     {"distributed"},
     {"data", "models", "watchdog", "lars"},
     {"optim", "schedule", "losses", "mix", "ema", "metrics", "precision", "snapshot", "nonfinite", "sam"},
+    {"labels", "calibration", "picture_grid"},
     {"divergence", "teacher", "precise"},
     {"loop", "evaluate"},
     {"checkpoint", "report", "state", "learner", "tally"},
-    {"retention", "intake", "accuracy"},
-    {"resume", "saver"},
-    {"train", "evaluation", "benchmark", "study"},
+    {"retention", "intake", "accuracy", "answers", "target"},
+    {"resume", "saver", "card"},
+    {"train", "evaluation", "benchmark", "study", "predict", "export"},
     {"__main__"},
 ]
 SOURCES = sorted((REPOSITORY / "trainer").rglob("*.py"))

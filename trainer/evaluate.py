@@ -22,6 +22,7 @@ def evaluate(
     dtype: torch.dtype | None,
     stop: Callable[[], bool] = lambda: False,
     flip: bool = False,
+    observe: Callable[[torch.Tensor, torch.Tensor], None] = lambda logits, labels: None,
 ) -> Averages | None:
     """Cross-entropy and accuracy of `model` over the whole set; every rank calls it and gets the same.
 
@@ -32,6 +33,7 @@ def evaluate(
         dtype: to autocast to, None for fp32.
         stop: asked after a batch, equally often on every rank; it must answer the same on all.
         flip: average each image's logits with those of its mirror image.
+        observe: given the logits, float32 (n, classes), and the labels of every batch; it must not wait for the device.
     """
     training = model.training
     model.eval()
@@ -43,6 +45,7 @@ def evaluate(
             if flip:
                 logits = (logits + model(images.flip(3)).float()) / 2
         total[:4] += sums(functional.cross_entropy(logits, labels), logits, labels)
+        observe(logits, labels)
         if questions:
             questions -= 1
             stopped = stop()
