@@ -9,7 +9,6 @@ orientation is ignored as torchvision and timm ignore it: ImageNet holds rotated
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,12 +17,7 @@ import torch
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 
 from trainer.data import ops
-from trainer.data.normalise import Normaliser
-from trainer.data.resize import Resizer
-
-# What `source` returns for each graph, in this order: see `Graph.source`.
-Feed = tuple[list[np.ndarray] | np.ndarray, ...]
-
+from trainer.data.link import Feed, Link, Normalising, to_decode
 
 NO_STEPS = ops.Steps()
 
@@ -59,10 +53,11 @@ def build(graph: Graph, source: Callable[[], Feed]) -> Decoding:
     """What decodes the batches that `source` names, which it calls ahead of need, in the thread that calls `run`."""
     if graph.decode_on_gpu or graph.mode == "padded":
         return _from([_whole(graph, source)])
-    if graph.device_id is None and graph.steps == NO_STEPS and not graph.half:
-        link = _Normalising(graph, source)
+    plain = graph.device_id is None and graph.steps == NO_STEPS and not graph.half
+    link = Normalising(graph, source) if plain else Link(graph, source)
+    link.decode = _decoder(graph, link.named)
+    if plain:
         return Decoding([link.decode], link.next)
-    link = _Link(graph, source)
     return _from([link.decode, _finish(graph, link.next)])
 
 
@@ -75,9 +70,9 @@ def decode_only(graph: Graph, source: Callable[[], Feed]) -> Decoding:
 
     def named() -> Feed:
         files, *feed = source()
-        return _to_decode(graph, files, feed)
+        return to_decode(graph.mode, files, feed)
 
-    pipeline = _pipeline(graph, named, 3 if graph.mode == "resized" else 1, _decode)
+    pipeline = _decoder(graph, named)
     return Decoding([pipeline], pipeline.run)
 
 
@@ -152,79 +147,9 @@ def _finish(graph: Graph, source: Callable[[], Feed]) -> Pipeline:
     return _pipeline(graph, source, (5 if graph.mode == "center" else 3) + graph.steps.inputs, define)
 
 
-class _Link:
-    """From the decoding of a batch on the CPU to its resize, which runs a batch ahead, for DALI to finish."""
-
-    def __init__(self, graph: Graph, source: Callable[[], Feed]) -> None:
-        self._graph, self._source = graph, source
-        self._feeds: deque[Feed] = deque()  # what the batches in flight need after their decoding
-        self._begun: deque[tuple] = deque()
-        self.decode = _pipeline(graph, self._named, 1 if graph.mode == "center" else 3, _decode)
-        self._prepare()
-
-    def next(self) -> tuple:
-        """A batch that is ready, while the next one is being made; StopIteration after the last."""
-        while len(self._begun) < 2:
-            try:
-                (decoded,) = self.decode.run()
-            except StopIteration:
-                break
-            labels, *feed = self._feeds.popleft()
-            images = [torch.from_dlpack(decoded[i]) for i in range(len(labels))]
-            self._begun.append(self._begin(images, labels, *feed))
-        if not self._begun:
-            raise StopIteration
-        futures, *batch = self._begun.popleft()
-        for future in futures:
-            future.result()
-        return tuple(batch)
-
-    def _named(self) -> Feed:
-        """What the decoder is to decode."""
-        files, *feed = self._source()
-        self._feeds.append(tuple(feed))
-        return _to_decode(self._graph, files, feed)
-
-    def _prepare(self) -> None:
-        self._resizer = Resizer(self._graph.threads)
-        # The pipeline copies what it is fed. Fresh memory would be 2,400 new pages for a batch of 64.
-        self._squares = deque(torch.empty(0, dtype=torch.uint8) for _ in range(2))
-
-    def _begin(self, images: list[torch.Tensor], labels, flips, starts, sides, shapes, *inputs) -> tuple:
-        """(futures to wait for, what `_finish` asks for)."""
-        if self._graph.mode == "center":
-            into = [torch.empty(*map(int, shape), 3, dtype=torch.uint8) for shape in shapes]
-            feed = [image.numpy() for image in into], labels, flips, starts, sides, *inputs
-        else:
-            into = self._square(int(sides[0, 0]))[: len(images)]
-            feed = into.numpy(), labels, flips, *inputs
-        return self._resizer.begin(images, into), *feed
-
-    def _square(self, side: int) -> torch.Tensor:
-        """A buffer for a batch of images of this side: the one that was used before the last."""
-        self._squares.rotate()
-        shape = (self._graph.max_batch, side, side, 3)
-        if self._squares[0].shape != shape:
-            self._squares[0] = torch.empty(shape, dtype=torch.uint8)
-        return self._squares[0]
-
-
-class _Normalising(_Link):
-    """From the decoding to the end, for a CPU and pixels that nothing else is done to: (images NHWC, labels)."""
-
-    def _prepare(self) -> None:
-        self._normaliser = Normaliser(self._graph.threads, self._graph.mean, self._graph.std)
-
-    def _begin(self, images: list[torch.Tensor], labels, flips, starts, sides, shapes) -> tuple:
-        if self._graph.mode == "resized":  # the window has been cut out before
-            starts, shapes = np.zeros_like(shapes), sides
-        futures, batch = self._normaliser.begin(images, shapes, starts, int(sides[0, 0]), flips)
-        return futures, batch, torch.from_numpy(labels)
-
-
-def _to_decode(graph: Graph, files: list[np.ndarray], feed: list[np.ndarray]) -> Feed:
-    """What `_decode` is given of a batch."""
-    return (files, feed[2], feed[4]) if graph.mode == "resized" else (files,)
+def _decoder(graph: Graph, source: Callable[[], Feed]) -> Pipeline:
+    """Of what `to_decode` names."""
+    return _pipeline(graph, source, 3 if graph.mode == "resized" else 1, _decode)
 
 
 def _decode(graph: Graph, files, *window):
