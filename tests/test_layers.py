@@ -17,7 +17,7 @@ COLUMNS = [
     {"configfile", "plan", "environment", "signals", "rendezvous"},
     {"distributed"},
     {"data", "models", "watchdog", "lars"},
-    {"optim", "schedule", "losses", "mix", "ema", "metrics", "precision", "snapshot", "nonfinite", "sam"},
+    {"optim", "schedule", "losses", "mix", "ema", "metrics", "confusion", "precision", "snapshot", "nonfinite", "sam"},
     {"divergence", "teacher", "precise"},
     {"loop", "evaluate"},
     {"checkpoint", "report", "state", "learner", "tally"},

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
+from trainer.confusion import Findings
+from trainer.data.feeds import Batch
+from trainer.data.table import Index
 from trainer.metrics import Averages
 from trainer.plan import Plan
 from trainer.report.console import Console
+from trainer.report.examples import Examples
 from trainer.report.folder import RunFolder
+from trainer.report.gallery import write_evaluation
 from trainer.report.speed import Stopwatch
 from trainer.report.wandb_run import WandbRun
 
@@ -20,17 +26,35 @@ class Silent:
 
     def say(self, text: str) -> None: ...
 
+    def passing(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """`batches`, unchanged, which train the network."""
+        return batches
+
     def step(self, step: int, data_seconds: float) -> None:
         """`step` steps are done; the last one waited `data_seconds` for its images on this rank."""
 
     def train(self, step: int, averages: Averages, lr: float, grad_norm: float) -> None:
         """Averages since the last such record, up to `step`."""
 
-    def evaluation(self, step: int, averages: Averages, seconds: float, ema: Averages | None = None) -> None:
-        """Accuracy after `step` steps, and that of the averaged weights where there are any."""
+    def evaluation(
+        self,
+        step: int,
+        averages: Averages,
+        seconds: float,
+        ema: Averages | None = None,
+        findings: Findings | None = None,
+    ) -> None:
+        """Accuracy after `step` steps, and that of the averaged weights where there are any.
+
+        Args:
+            findings: what the weights, not averaged, took for what.
+        """
 
     def left_out(self, kind: str, reasons: list[str], converted: int) -> None:
         """So far these training or evaluation images were skipped, and Pillow had to decode `converted` others."""
+
+    def saved(self, step: int) -> None:
+        """The save of `step` is on disk. May be called by any thread."""
 
     def pause(self) -> None:
         """Something other than a step took place: it does not count as training time."""
@@ -42,8 +66,21 @@ class Silent:
 class Reporter(Silent):
     """The main rank's."""
 
-    def __init__(self, plan: Plan, folder: RunFolder, wandb_run: WandbRun, wall_seconds: float) -> None:
-        self._plan, self._folder, self._wandb = plan, folder, wandb_run
+    def __init__(
+        self,
+        plan: Plan,
+        folder: RunFolder,
+        wandb_run: WandbRun,
+        wall_seconds: float,
+        examples: Examples,
+        val: Index | None,
+    ) -> None:
+        """
+        Args:
+            wall_seconds: that the run took before.
+            val: what is evaluated.
+        """
+        self._plan, self._folder, self._wandb, self._examples, self._val = plan, folder, wandb_run, examples, val
         self._console = Console(plan)
         self._watch = Stopwatch()
         self._began = time.monotonic() - wall_seconds
@@ -56,7 +93,11 @@ class Reporter(Silent):
     def say(self, text: str) -> None:
         self._console.say(text)
 
+    def passing(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        return self._examples.passing(batches)
+
     def step(self, step: int, data_seconds: float) -> None:
+        self._examples.write()
         self._watch.step(self._plan.global_batch, data_seconds)
         self._console.step(step)
 
@@ -66,9 +107,18 @@ class Reporter(Silent):
         record = self._record("train", step, averages, **figures)
         self._console.train(record)
 
-    def evaluation(self, step: int, averages: Averages, seconds: float, ema: Averages | None = None) -> None:
+    def evaluation(
+        self,
+        step: int,
+        averages: Averages,
+        seconds: float,
+        ema: Averages | None = None,
+        findings: Findings | None = None,
+    ) -> None:
         more = {"ema_loss": ema.loss, "ema_top1": ema.top1, "ema_top5": ema.top5} if ema else {}
         record = self._record("eval", step, averages, count=averages.count, seconds=round(seconds, 3), **more)
+        if findings is not None and self._val is not None:
+            write_evaluation(self._folder, record, self._val, findings)
         self._console.evaluation(record)
 
     def left_out(self, kind: str, reasons: list[str], converted: int) -> None:
@@ -79,6 +129,9 @@ class Reporter(Silent):
         if converted:
             self.say(f"warning: {converted} {kind} images that DALI refuses are decoded by Pillow so far")
 
+    def saved(self, step: int) -> None:
+        self._wandb.saved(step)
+
     def pause(self) -> None:
         self._watch.skip()
 
@@ -86,7 +139,7 @@ class Reporter(Silent):
         speed, _ = self._watch.whole()
         summary = {"status": status, **facts, "images_per_second": speed, "wall_seconds": round(self.wall_seconds, 3)}
         self._folder.try_to_write("summary.json", summary)
-        self._wandb.finish(summary, 1 if status == "failed" else 0)
+        self._wandb.finish(summary)
         self._console.close()
         top1 = summary.get("last_top1")
         if top1 is not None:
@@ -110,5 +163,4 @@ class Reporter(Silent):
             "wall_seconds": round(self.wall_seconds, 3),
         }
         self._folder.add_metrics(record)
-        self._wandb.log(record)
         return record
