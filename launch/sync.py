@@ -35,7 +35,7 @@ def sync(run: Path, every: float | None = None, pause: Callable[[float], None] =
     """
     # Of the client's own files nothing is wanted: they would pass for what the run itself has logged.
     with tempfile.TemporaryDirectory(prefix="wandb-", ignore_cleanup_errors=True) as scratch:
-        mirror = _Mirror(RunFolder(run), Path(scratch))
+        mirror, sent = _Mirror(RunFolder(run), Path(scratch)), False
         try:
             while True:
                 sent = mirror.update()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, metrics
+from PIL import Image
 from wandb_server import HANGING, WandbServer, wandb_server
 
 from launch.sync import sync
@@ -26,10 +27,11 @@ from trainer.report.wandb_run import WandbRun
 from trainer.report.wandb_session import tear_down
 
 SYNTHETIC = """
-data: {source: synthetic, synthetic_samples: 80, synthetic_classes: 4, image_size: 16}
+data: {source: synthetic, synthetic_samples: 24, synthetic_classes: 2, image_size: 8}
 model: {name: resnet20}
 schedule: {epochs: 4, warmup_epochs: 0}
-global_batch_size: 8
+precision: {amp: fp32}
+global_batch_size: 4
 device: cpu
 checkpoint: {every_steps: 4}
 report: {log_every: 1, wandb: offline}
@@ -163,10 +165,10 @@ def test_killed_and_resumed_twice_each_step_stands_once(tmp_path: Path) -> None:
         process.send_signal(number)
         return process.wait(600)
 
-    assert until(17, signal.SIGKILL) == -signal.SIGKILL
-    assert until(27, signal.SIGUSR2) == 75
+    assert until(10, signal.SIGKILL) == -signal.SIGKILL
+    assert until(15, signal.SIGUSR2) == 75
     assert subprocess.run(command, cwd=REPOSITORY, timeout=600).returncode == 0
-    assert len(segments(run)) == 3 and len(metrics(run, "train")) == 40
+    assert len(segments(run)) == 3 and len(metrics(run, "train")) == 24
     assert_same(wandb_rows(run), run)
 
 
@@ -332,6 +334,35 @@ def test_sync_leaves_a_run_alone_that_logs_online(tmp_path: Path) -> None:
         sync(tmp_path)
     folder.release()
     assert not folder.lease.beating()
+
+
+def test_the_best_checkpoint_is_an_artifact_and_pictures_are_media(tmp_path: Path) -> None:
+    for step, top1 in ((2, 60.0), (4, 70.0), (6, 65.0), (7, None)):
+        save(tmp_path, step, top1)
+    (tmp_path / "mistakes").mkdir()
+    for name in ("examples.jpg", "mistakes/0.jpg"):
+        Image.new("RGB", (16, 16), (200, 0, 0)).save(tmp_path / name)
+    mistake = {"file": "a/1.JPEG", "actual": "a", "predicted": "b", "probability": 0.9, "picture": "mistakes/0.jpg"}
+    mistakes = [mistake, mistake | {"picture": "mistakes/gone.jpg"}]
+    found = {"step": 4, "per_class": [{"name": "a", "count": 5, "top1": 40.0}], "mistakes": mistakes}
+    (tmp_path / "evaluation.json").write_text(json.dumps(found))
+    note(tmp_path, evaluation(2), train(4), evaluation(4, 70.0))
+    run = WandbRun(Report(artifact="best"), tmp_path, "abcd1234", {})
+    run.finish({"status": "done", "steps": 7})
+    (segment,) = segments(tmp_path)
+    first, second = wandb_rows(tmp_path)
+    assert first["train/examples._type"] == "image-file" and "eval/classes._type" not in first
+    assert second["eval/classes.nrows"] == 1 and second["eval/mistakes.nrows"] == 1
+    assert "train/examples._type" not in second
+    table = next((segment.parent / "files").glob("media/table/eval/mistakes*.json"))
+    (row,) = json.loads(table.read_text())["data"]
+    assert row[1:] == ["a", "b", 0.9, "a/1.JPEG"] and row[0]["_type"] == "image-file"
+    artifacts = [record["artifact"] for record in inspected(segment) if record["type"] == "artifact"]
+    (best,) = [artifact for artifact in artifacts if artifact["type"] == "model"]
+    assert best["name"] == "abcd1234-best" and json.loads(best["metadata"]) == {"step": 4}
+    assert set(best["aliases"]) == {"best", "latest"}
+    (file,) = best["manifest"]["contents"]
+    assert file["local_path"] == str(tmp_path / "checkpoints" / "000000004" / "manifest.json")
 
 
 def save(run: Path, step: int, top1: float | None = None) -> None:

@@ -58,7 +58,7 @@ class Confusion:
         wrong = predicted != labels
         column = predicted if self._classes <= LARGEST else (~wrong).long()
         width = len(self._counts) // self._classes
-        self._counts.scatter_add_(0, labels * width + column, torch.ones_like(labels, dtype=torch.int32))
+        self._counts.index_add_(0, labels * width + column, torch.ones_like(labels, dtype=torch.int32))
         if not self._keep:
             return
         # A NaN is nobody's confidence; no mistake has probability 0, so zeros are free places.

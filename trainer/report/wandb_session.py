@@ -122,7 +122,7 @@ class Session:
         if path is None:
             return True
         artifact = self._wandb.Artifact(f"{self._run.id}-best", type="model", metadata={"step": int(path.name)})
-        artifact.add_dir(str(path))
+        artifact.add_dir(str(path), policy="immutable")  # without a copy of it in the user's home
         logged = self._run.log_artifact(artifact, aliases=["best"])
         try:
             if self._online:
