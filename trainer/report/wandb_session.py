@@ -153,7 +153,9 @@ def _alert(name: str, summary: dict[str, Any]) -> tuple[str, str, str]:
     """Title, text and level of the message that W&B sends when a run has ended."""
     status, step = summary["status"], summary.get("steps")
     if status == "done":
-        return f"{name} is done", f"top-1 {summary.get('best_top1')}% at best, {step} steps", "INFO"
+        top1 = summary.get("best_top1")
+        found = f"top-1 {top1:.2f}% at best, " if top1 is not None else ""
+        return f"{name} is done", f"{found}{step} steps", "INFO"
     if status == "stopped":
         return f"{name} was stopped", f"by {summary.get('signal')} at step {step}; the same command goes on", "WARN"
     error = str(summary.get("error"))
