@@ -16,7 +16,7 @@ from typing import Any
 from trainer import environment
 from trainer.config import Report
 from trainer.mistakes import warn
-from trainer.report.wandb_session import Session, UnsentError, tear_down
+from trainer.report.wandb_session import Session, UnsentError, kill_client, tear_down
 from trainer.signals import held
 
 PATIENCE = 75  # seconds that the end of a run waits for W&B at most
@@ -38,7 +38,7 @@ class WandbRun:
         self._mode = environment.wandb_mode(options.wandb)
         self._begin = lambda mode: Session(options, folder, identity, facts, mode)
         self._later = f"metrics.jsonl has all, and `python -m launch sync {folder}` uploads it"
-        self._warned = False
+        self._warned = self._over = False
         self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         if self._mode == "disabled":
@@ -64,6 +64,8 @@ class WandbRun:
         self._orders.put(None)
         self._thread.join(PATIENCE)
         if self._thread.is_alive():
+            self._over = True
+            kill_client()
             self._warn(f"W&B was not done within {PATIENCE} s; {self._later}")
 
     def _work(self) -> None:
@@ -82,6 +84,8 @@ class WandbRun:
                     break
                 except Exception as error:
                     what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                    if self._over:
+                        return
                     session = None
                     tear_down()
                     if starts == _STARTS:
