@@ -16,10 +16,10 @@ from typing import Any
 from trainer import environment
 from trainer.config import Report
 from trainer.mistakes import warn
-from trainer.report.wandb_session import Session, UnsentError, kill_client, tear_down
+from trainer.report.wandb_session import ARTIFACT_TIMEOUT, Session, UnsentError, kill_client, tear_down
 from trainer.signals import held
 
-PATIENCE = 75  # seconds that the end of a run waits for W&B at most
+PATIENCE = 75  # seconds that the end of a run waits for W&B at most; distributed.hang_after is longer
 _STARTS = 3  # of W&B's process before it is given up
 
 Order = Callable[[Session], object]
@@ -38,6 +38,7 @@ class WandbRun:
         self._mode = environment.wandb_mode(options.wandb)
         self._begin = lambda mode: Session(options, folder, identity, facts, mode)
         self._later = f"metrics.jsonl has all, and `python -m launch sync {folder}` uploads it"
+        self._artifact = options.artifact is not None
         self._warned = self._over = False
         self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -55,18 +56,22 @@ class WandbRun:
         self._orders.put(lambda session: session.catch_up(step))
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """End the W&B run with the run's summary (of summary.json), and wait for it, `PATIENCE` seconds at most."""
+        """End the W&B run with the run's summary (of summary.json), and wait for it, `PATIENCE` seconds at most.
+
+        `report.artifact` takes longer.
+        """
         if self._thread is None:
             return
         if summary["status"] != "failed":  # then all of it is saved
             self.saved(summary["steps"])
         self._orders.put(lambda session: session.end(summary))
         self._orders.put(None)
-        self._thread.join(PATIENCE)
+        patience = PATIENCE + (ARTIFACT_TIMEOUT if self._artifact else 0)
+        self._thread.join(patience)
         if self._thread.is_alive():
             self._over = True
             kill_client()
-            self._warn(f"W&B was not done within {PATIENCE} s; {self._later}")
+            self._warn(f"W&B was not done within {patience} s; {self._later}")
 
     def _work(self) -> None:
         """Do what is ordered until the end is, or W&B is given up."""

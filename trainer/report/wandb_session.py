@@ -26,7 +26,7 @@ from trainer.report.rows import AXES, Position
 from trainer.report.segments import written
 
 INIT_TIMEOUT, FINISH_TIMEOUT = 20, 30  # seconds; by default finish() waits for a dead server without limit
-ARTIFACT_TIMEOUT, PROBE_TIMEOUT = 600, 5
+ARTIFACT_TIMEOUT, PROBE_TIMEOUT = 180, 5
 PREEMPTING = ("SIGTERM", "SIGUSR2")
 
 
