@@ -24,7 +24,7 @@ from trainer.report.folder import RunFolder
 from trainer.report.rows import Position
 from trainer.report.segments import history
 from trainer.report.wandb_run import WandbRun
-from trainer.report.wandb_session import kill_client, tear_down
+from trainer.report.wandb_session import kill_client
 
 SYNTHETIC = """
 data: {source: synthetic, synthetic_samples: 24, synthetic_classes: 2, image_size: 8}
@@ -53,10 +53,8 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(wandb_run, "PATIENCE", 300)
     monkeypatch.setattr(wandb_session, "INIT_TIMEOUT", 200)
     monkeypatch.setattr(wandb_session, "FINISH_TIMEOUT", 200)
-    tear_down()
     yield
     kill_client()
-    tear_down()
 
 
 @pytest.fixture

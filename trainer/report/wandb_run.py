@@ -86,7 +86,8 @@ class WandbRun:
                     break
                 except UnsentError:
                     self._warn(f"W&B's server has not taken all of it yet; {self._later}")
-                    break
+                    kill_client()  # it would go on asking, and hold up the end of this process
+                    return
                 except Exception as error:
                     what = f"{type(error).__name__}: {' '.join(str(error).split())}"
                     if self._over:

@@ -148,12 +148,13 @@ def tear_down() -> None:
 
 
 def kill_client() -> None:
-    """End W&B's process at once, which otherwise keeps this one from ending; what it has not sent is on disk."""
+    """End W&B's process at once, which may keep this one from ending; what it has not sent is on disk."""
     for status in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             name, _, rest = status.read_text().partition("(")[2].rpartition(")")  # PID (NAME) STATE PARENT ...
             if name == "wandb-core" and int(rest.split()[1]) == os.getpid():
                 os.kill(int(status.parent.name), signal.SIGKILL)
+    tear_down()  # or its handler at exit speaks of the lost connection
 
 
 def _answers(url: str) -> bool:
