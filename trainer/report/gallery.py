@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,10 @@ def write_evaluation(folder: RunFolder, record: dict[str, Any], index: Index, fo
         "mistakes": mistakes,
     }
     folder.try_to_write("evaluation.json", content)
-    for old in (folder.path / "mistakes").glob("*.jpg"):
-        if not old.name.startswith(f"{record['step']:09}-"):
-            old.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        for old in (folder.path / "mistakes").glob("*.jpg"):
+            if not old.name.startswith(f"{record['step']:09}-"):
+                old.unlink()
 
 
 def _name(index: Index, label: int) -> str:
