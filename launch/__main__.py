@@ -109,7 +109,7 @@ def _cancel(options: argparse.Namespace) -> int:
 def _sync(options: argparse.Namespace) -> int:
     from launch import sync
 
-    return sync.sync(Path(options.run))
+    return sync.sync(Path(options.run), options.every)
 
 
 def _profile(options: argparse.Namespace) -> profile.Profile:
@@ -161,8 +161,9 @@ def _parser() -> argparse.ArgumentParser:
     cancel.add_argument("--wait", type=float, default=120, metavar="SECONDS", help="for the save, at most (120)")
     cancel.set_defaults(command=_cancel)
 
-    sync = commands.add_parser("sync", help="upload what W&B wrote offline")
+    sync = commands.add_parser("sync", help="upload to W&B what a run wrote offline, also while it trains")
     sync.add_argument("run", metavar="RUN")
+    sync.add_argument("--every", type=float, metavar="SECONDS", help="again and again, until the run is done")
     sync.set_defaults(command=_sync)
     return parser
 

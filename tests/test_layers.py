@@ -17,7 +17,7 @@ COLUMNS = [
     {"configfile", "plan", "environment", "signals", "rendezvous"},
     {"distributed"},
     {"data", "models", "watchdog", "lars"},
-    {"optim", "schedule", "losses", "mix", "ema", "metrics", "precision", "snapshot", "nonfinite", "sam"},
+    {"optim", "schedule", "losses", "mix", "ema", "metrics", "confusion", "precision", "snapshot", "nonfinite", "sam"},
     {"labels", "calibration", "picture_grid"},
     {"divergence", "teacher", "precise"},
     {"loop", "evaluate"},

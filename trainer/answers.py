@@ -2,57 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 
 from trainer.calibration import expected_error
-from trainer.config import Config
-from trainer.data.feeds import Batch
-from trainer.data.loader import EvaluationBatches
-from trainer.data.table import Index
 from trainer.distributed import World
 from trainer.metrics import target_position
 
 PAIRS = 20  # confusions that are named
-
-
-class RowBatches:
-    """Evaluation batches that say which rows of `index` each holds: `rows`, int64 on the device, of the last one.
-
-    Images that cannot be decoded drop out of a batch, so a decoder is given the rows in the place of the labels.
-    """
-
-    def __init__(self, config: Config, index: Index, world: World, batch: int) -> None:
-        self.rows = torch.empty(0, dtype=torch.int64)
-        self._labels = torch.from_numpy(index.labels.astype(np.int64)).to(world.device)
-        classes = tuple(index.classes[label] for label in index.labels.tolist())  # by row, for the decoder's complaints
-        numbered = replace(index, labels=np.arange(len(index), dtype=np.int32), classes=classes)
-        self._batches = EvaluationBatches(config, numbered, world, batch)
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    @property
-    def bad(self) -> dict[int, str]:
-        """What is wrong with the images of this rank that cannot be decoded, by row."""
-        return self._batches.salvage.bad
-
-    @property
-    def left_out(self) -> int:
-        return self._batches.left_out
-
-    @property
-    def common(self) -> int:
-        return self._batches.common
-
-    def __iter__(self) -> Iterator[Batch]:
-        for images, rows in self._batches:
-            self.rows = rows
-            yield images, self._labels[rows]
 
 
 @dataclass(frozen=True)
@@ -100,15 +60,13 @@ class Answers:
 class Observer:
     """Takes an evaluation's logits as they come, without waiting for the device."""
 
-    def __init__(self, batches: RowBatches) -> None:
-        self._batches = batches
+    def __init__(self) -> None:
         self._taken: list[tuple[torch.Tensor, ...]] = []
 
-    def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Logits float32 (n, classes) of the batch that came last, and its labels."""
+    def __call__(self, logits: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor) -> None:
+        """Logits float32 (n, classes) of a batch, its labels and its rows of the index, int64 (n,)."""
         confidence, predicted = logits.softmax(1).max(1)
-        kept = self._batches.rows.clone(), labels, predicted, target_position(logits, labels), confidence.double()
-        self._taken.append(kept)
+        self._taken.append((rows, labels, predicted, target_position(logits, labels), confidence.double()))
 
     def answers(self, world: World) -> Answers:
         """Those of all ranks; every rank calls it and gets the same."""

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from trainer import labels, precision
-from trainer.answers import Answers, Observer, RowBatches
+from trainer.answers import Answers, Observer
 from trainer.config import Config, ConfigError
-from trainer.data.loader import open_validation
+from trainer.data.loader import EvaluationBatches, open_validation
 from trainer.distributed import World, world
 from trainer.evaluate import evaluate
 from trainer.models.start import check_sizes
@@ -65,7 +65,7 @@ def _evaluate(target: Target, wanted: Wanted, here: World) -> tuple[dict[str, An
     fit = labels.fit(index, classes, numbered=wanted.numbered, subset=wanted.subset)
     index = fit.index
     batch = config.max_batch_per_gpu or max(1, min(256, config.global_batch_size // here.size))
-    batches = RowBatches(config, index, here, batch)
+    batches = EvaluationBatches(config, index, here, batch)
 
     def look(ema: bool) -> dict[str, Any]:
         model = _placed(target, len(classes or index.classes), fit, here, ema=ema)
@@ -101,10 +101,10 @@ def _placed(target: Target, classes: int, fit: labels.Fit, here: World, *, ema: 
 
 
 def _answers(
-    config: Config, model: nn.Module, batches: RowBatches, here: World
+    config: Config, model: nn.Module, batches: EvaluationBatches, here: World
 ) -> tuple[dict[str, Any], Answers, float]:
     """(the averages, what was answered, seconds)."""
-    observer, began = Observer(batches), time.monotonic()
+    observer, began = Observer(), time.monotonic()
     dtype = precision.amp_dtype(config.precision, here.device)
     found = evaluate(model, batches, here, dtype, flip=config.loop.eval_flip, observe=observer)
     assert found is not None, "nobody stops it"

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from trainer import labels, precision
-from trainer.answers import RowBatches
 from trainer.config import Config, ConfigError
 from trainer.data.index import IMAGE_SUFFIXES
 from trainer.data.jpeg import measure_all
+from trainer.data.loader import EvaluationBatches
 from trainer.data.table import DataError, Index, assemble
 from trainer.distributed import World, world
 from trainer.models.start import check_sizes
@@ -102,18 +102,18 @@ def predictions(target: Target, files: list[str], here: World, *, top: int, ema:
     dtype = precision.amp_dtype(config.precision, here.device)
     rows, values, classes = [], [], []
     data = replace(config.data, on_error="skip", max_skipped=1.0)  # so that all that is bad can be named
-    batches = RowBatches(replace(config, data=data), index, here, min(_BATCH, len(files)))
+    batches = EvaluationBatches(replace(config, data=data), index, here, min(_BATCH, len(files)))
     with torch.inference_mode():
-        for images, _ in batches:
+        for images, _, held in batches.with_rows():
             with autocast(dtype, here.device):
                 probabilities = _logits(model, images, config).softmax(1)
             best = probabilities.topk(min(top, probabilities.shape[1]))
-            rows += batches.rows.tolist()
+            rows += held.tolist()
             values += best.values.tolist()
             classes += best.indices.tolist()
             count = probabilities.shape[1]
-    if batches.bad:
-        raise _refused([(files[row], "cannot be decoded") for row in sorted(batches.bad)], len(files))
+    if batches.salvage.bad:
+        raise _refused([(files[row], "cannot be decoded") for row in sorted(batches.salvage.bad)], len(files))
     names = target.classes or tuple(f"class{label}" for label in range(count))
     words = labels.words(names, config.data.root)
     order = np.argsort(rows)

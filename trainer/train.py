@@ -17,9 +17,8 @@ from trainer.loop import train_steps
 from trainer.nonfinite import NonFiniteError, Rollback, data_step
 from trainer.plan import Plan
 from trainer.report.folder import RunFolder
-from trainer.report.opening import introduce, write_origin
-from trainer.report.reporter import Reporter, Silent
-from trainer.report.wandb_run import WandbRun
+from trainer.report.opening import introduce, open_report
+from trainer.report.reporter import Silent
 from trainer.saver import NoSaver, Saver
 from trainer.signals import Stopped, StopSignals
 from trainer.state import RunState
@@ -86,8 +85,13 @@ class _Run:
         self.saved_at = time.monotonic()
         self.saver = NoSaver()
         if self.here.is_main:
-            keep = config.checkpoint.keep
-            self.saver = Saver(self.folder.checkpoints, keep, self.folder.demand_held, lambda t: self.reporter.say(t))
+            self.saver = Saver(
+                self.folder.checkpoints,
+                config.checkpoint.keep,
+                self.folder.demand_held,
+                lambda text: self.reporter.say(text),
+                lambda step: self.reporter.saved(step),
+            )
         self.saver.guard(self.learner.optimizer)
         self.evaluation: EvaluationBatches | None = None
         if self.data.val is not None:
@@ -113,7 +117,8 @@ class _Run:
             return DONE
         self.progress.target_seconds = None  # what an earlier and lower target took
         if self.here.is_main:
-            self._open_report(command)
+            where = self.progress.step, self.progress.wall_seconds
+            self.reporter = open_report(self.config, self.plan, self.here, self.folder, command, self.data.val, where)
         facts = {"classes": len(self.data.classes), "after": self.progress.step}
         introduce(self.reporter, self.config, self.plan, self.here, self.learner, **facts)
         try:
@@ -163,7 +168,7 @@ class _Run:
     def _steps(self, batches: TrainingBatches, end: int) -> int:
         """Step until `end`; returns the signal that all ranks agreed to stop for before that, 0 for none."""
         watch, first = self.watch, self.progress.step
-        for record in train_steps(self.learner, batches, range(first, end), self._enter):
+        for record in train_steps(self.learner, self.reporter.passing(batches), range(first, end), self._enter):
             self.progress.step = record.step + 1
             watch.enter("report")
             self.reporter.step(self.progress.step, record.data_seconds)
@@ -235,8 +240,8 @@ class _Run:
         None, and the signal, where all ranks agreed to stop for one: nothing is reported then.
         """
         began, progress, average = time.monotonic(), self.progress, None
-        coming = data_step(self.rollbacks)(progress.step)
-        found, stopped_by = self.accuracy.of(self.state.model, coming)
+        coming, confusion = data_step(self.rollbacks)(progress.step), self.accuracy.confusion()
+        found, stopped_by = self.accuracy.of(self.state.model, coming, confusion.add)
         if found and self.state.average is not None:
             average, stopped_by = self.accuracy.of(self.state.average, coming)
         if found is None or stopped_by:
@@ -246,7 +251,8 @@ class _Run:
         if average:
             progress.last_ema_top1 = average.top1
             progress.best_ema_top1 = max(average.top1, progress.best_ema_top1 or 0.0)
-        self.reporter.evaluation(progress.step, found, time.monotonic() - began, average)
+        findings = confusion.total()
+        self.reporter.evaluation(progress.step, found, time.monotonic() - began, average, findings)
         if self._complete() and progress.target_seconds is None:
             progress.target_seconds = self.reporter.wall_seconds
         self.reporter.pause()
@@ -285,14 +291,6 @@ class _Run:
         self.saver.save(self.progress.step, state, checkpoint.Label(top1=top1, lasting=lasting), self.state.still())
 
     # Words.
-
-    def _open_report(self, command: list[str]) -> None:
-        """On the main rank: write down where the run comes from, and begin to report."""
-        self.folder.rewind_metrics(self.progress.step)
-        origin = write_origin(self.config, self.plan, self.here, self.folder, command)
-        facts = configfile.to_dict(self.config) | {"run": origin}
-        wandb_run = WandbRun(self.config.report, self.folder.path, origin["wandb_id"], facts)
-        self.reporter = Reporter(self.plan, self.folder, wandb_run, self.progress.wall_seconds)
 
     def _finish(self, status: str, **facts: Any) -> None:
         if self.config.loop.stop_at:

@@ -137,12 +137,27 @@ class EvaluationBatches:
         """Batches that every rank has; some have one more."""
         return -(-(len(self._index) // self._world.size) // self._batch)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def with_rows(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """The batches as (images, labels, rows of the index); all on the device, rows int64 (n,)."""
+        begin, end = self._share
+        for images, labels in self:
+            # In their order, without those that proved to be bad by now.
+            candidates = np.arange(begin, min(end, begin + len(labels) + len(self.salvage.bad)))
+            rows = self.salvage.sound(candidates)[: len(labels)]
+            begin = int(rows[-1]) + 1
+            yield images, labels, torch.from_numpy(rows).to(labels.device, non_blocking=True)
+
+    @property
+    def _share(self) -> tuple[int, int]:
+        """The first row of this rank and the one after its last."""
         n, world = len(self._index), self._world
-        rows = np.arange(n * world.rank // world.size, n * (world.rank + 1) // world.size)
+        return n * world.rank // world.size, n * (world.rank + 1) // world.size
+
+    def __iter__(self) -> Iterator[Batch]:
+        rows = np.arange(*self._share)
         feed = EvaluationFeed(self._config.data, self._index, self.salvage, rows, self._batch)
         if self._decoder is None:
-            self._decoder = _decoder(self._config, world, feed, self._batch, self.salvage)
+            self._decoder = _decoder(self._config, self._world, feed, self._batch, self.salvage)
         return self._decoder.batches(feed)
 
 

@@ -8,13 +8,41 @@ from typing import Any
 
 import torch
 
-from trainer import environment
+from trainer import configfile, environment
 from trainer.config import Config
+from trainer.data.table import Index
 from trainer.distributed import World
 from trainer.loop import Learner
 from trainer.plan import Plan
+from trainer.report.examples import Examples
 from trainer.report.folder import RunFolder, provenance
-from trainer.report.reporter import Silent
+from trainer.report.reporter import Reporter, Silent
+from trainer.report.wandb_run import WandbRun
+
+
+def open_report(
+    config: Config,
+    plan: Plan,
+    here: World,
+    folder: RunFolder,
+    command: list[str],
+    val: Index | None,
+    reached: tuple[int, float],
+) -> Reporter:
+    """On the main rank: write down where the run comes from, and begin to report.
+
+    Args:
+        val: what is evaluated.
+        reached: the step that the run goes on from, and the seconds it has taken so far.
+    """
+    step, wall_seconds = reached
+    folder.rewind_metrics(step)
+    origin = write_origin(config, plan, here, folder, command)
+    attempt = environment.slurm_attempt()
+    facts = configfile.to_dict(config) | {"run": origin, "slurm_job": attempt and attempt[0]}
+    wandb_run = WandbRun(config.report, folder.path, origin["wandb_id"], facts)
+    examples = Examples(folder.path / "examples.jpg", config.data)
+    return Reporter(plan, folder, wandb_run, wall_seconds, examples, val)
 
 
 def write_origin(config: Config, plan: Plan, here: World, folder: RunFolder, command: list[str]) -> dict[str, Any]:

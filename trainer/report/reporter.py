@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
+from trainer.confusion import Findings
+from trainer.data.feeds import Batch
+from trainer.data.table import Index
 from trainer.metrics import Averages
 from trainer.plan import Plan
 from trainer.report.console import Console
+from trainer.report.examples import Examples
 from trainer.report.folder import RunFolder
+from trainer.report.gallery import write_evaluation
 from trainer.report.speed import Stopwatch
 from trainer.report.wandb_run import WandbRun
 
@@ -20,6 +26,10 @@ class Silent:
 
     def say(self, text: str) -> None: ...
 
+    def passing(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """`batches`, unchanged, which train the network."""
+        return batches
+
     def step(self, step: int, data_seconds: float) -> None:
         """`step` steps are done; the last one waited `data_seconds` for its images on this rank."""
 
@@ -29,11 +39,25 @@ class Silent:
     def gradients(self, step: int, norms: dict[str, float | None]) -> None:
         """The norm of each parameter's gradient in the last of `step` steps."""
 
-    def evaluation(self, step: int, averages: Averages, seconds: float, ema: Averages | None = None) -> None:
-        """Accuracy after `step` steps, and that of the averaged weights where there are any."""
+    def evaluation(
+        self,
+        step: int,
+        averages: Averages,
+        seconds: float,
+        ema: Averages | None = None,
+        findings: Findings | None = None,
+    ) -> None:
+        """Accuracy after `step` steps, and that of the averaged weights where there are any.
+
+        Args:
+            findings: what the weights, not averaged, took for what.
+        """
 
     def left_out(self, kind: str, reasons: list[str], converted: int) -> None:
         """So far these training or evaluation images were skipped, and Pillow had to decode `converted` others."""
+
+    def saved(self, step: int) -> None:
+        """The save of `step` is on disk. May be called by any thread."""
 
     def pause(self) -> None:
         """Something other than a step took place: it does not count as training time."""
@@ -45,8 +69,21 @@ class Silent:
 class Reporter(Silent):
     """The main rank's."""
 
-    def __init__(self, plan: Plan, folder: RunFolder, wandb_run: WandbRun, wall_seconds: float) -> None:
-        self._plan, self._folder, self._wandb = plan, folder, wandb_run
+    def __init__(
+        self,
+        plan: Plan,
+        folder: RunFolder,
+        wandb_run: WandbRun,
+        wall_seconds: float,
+        examples: Examples,
+        val: Index | None,
+    ) -> None:
+        """
+        Args:
+            wall_seconds: that the run took before.
+            val: what is evaluated.
+        """
+        self._plan, self._folder, self._wandb, self._examples, self._val = plan, folder, wandb_run, examples, val
         self._console = Console(plan)
         self._watch = Stopwatch()
         self._began = time.monotonic() - wall_seconds
@@ -59,7 +96,11 @@ class Reporter(Silent):
     def say(self, text: str) -> None:
         self._console.say(text)
 
+    def passing(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        return self._examples.passing(batches)
+
     def step(self, step: int, data_seconds: float) -> None:
+        self._examples.write()
         self._watch.step(self._plan.global_batch, data_seconds)
         self._console.step(step)
 
@@ -74,9 +115,18 @@ class Reporter(Silent):
         record = {"step": step, **self._progress(step), "norms": rounded}
         self._folder.add_metrics(record | {"wall_seconds": round(self.wall_seconds, 3)}, "gradients.jsonl")
 
-    def evaluation(self, step: int, averages: Averages, seconds: float, ema: Averages | None = None) -> None:
+    def evaluation(
+        self,
+        step: int,
+        averages: Averages,
+        seconds: float,
+        ema: Averages | None = None,
+        findings: Findings | None = None,
+    ) -> None:
         more = {"ema_loss": ema.loss, "ema_top1": ema.top1, "ema_top5": ema.top5} if ema else {}
         record = self._record("eval", step, averages, count=averages.count, seconds=round(seconds, 3), **more)
+        if findings is not None and self._val is not None:
+            write_evaluation(self._folder, record, self._val, findings)
         self._console.evaluation(record)
 
     def left_out(self, kind: str, reasons: list[str], converted: int) -> None:
@@ -87,6 +137,9 @@ class Reporter(Silent):
         if converted:
             self.say(f"warning: {converted} {kind} images that DALI refuses are decoded by Pillow so far")
 
+    def saved(self, step: int) -> None:
+        self._wandb.saved(step)
+
     def pause(self) -> None:
         self._watch.skip()
 
@@ -94,7 +147,7 @@ class Reporter(Silent):
         speed, _ = self._watch.whole()
         summary = {"status": status, **facts, "images_per_second": speed, "wall_seconds": round(self.wall_seconds, 3)}
         self._folder.try_to_write("summary.json", summary)
-        self._wandb.finish(summary, 1 if status == "failed" else 0)
+        self._wandb.finish(summary)
         self._console.close()
         top1 = summary.get("last_top1")
         if top1 is not None:
@@ -116,7 +169,6 @@ class Reporter(Silent):
             "wall_seconds": round(self.wall_seconds, 3),
         }
         self._folder.add_metrics(record)
-        self._wandb.log(record)
         return record
 
     def _progress(self, step: int) -> dict[str, Any]:
