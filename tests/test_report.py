@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,9 @@ from trainer import configfile, environment
 from trainer.config import ConfigError, Report
 from trainer.metrics import Averages
 from trainer.plan import Plan
-from trainer.report import wandb_run
+from trainer.report import events, wandb_run
 from trainer.report.console import Console
+from trainer.report.events import Events
 from trainer.report.folder import RunFolder, provenance
 from trainer.report.reporter import Reporter, Silent
 from trainer.report.speed import WARM_UP_STEPS, Stopwatch
@@ -57,15 +60,34 @@ def test_speed_counts_steps_and_nothing_else() -> None:
     assert watch.whole() == (60, 0.15)
 
 
-def test_metrics_are_rewound_to_the_step_resumed_from(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cut", range(1, 40, 3))
+def test_metrics_are_rewound_to_the_step_resumed_from_wherever_a_kill_cut(tmp_path: Path, cut: int) -> None:
     folder = RunFolder(tmp_path)
     for step in (1, 2, 3):
-        folder.add_metrics({"kind": "train", "step": step})
+        folder.add_metrics({"kind": "train", "step": step, "loss": 0.25})
     folder.release()
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"kind": "train", "st')  # a kill in mid-line
-    RunFolder(tmp_path).rewind_metrics(2)
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-cut])  # of a line of 40 bytes
+    resumed = RunFolder(tmp_path)
+    resumed.rewind_metrics(2)
+    resumed.add_metrics({"kind": "train", "step": 3, "loss": 0.5})
+    resumed.release()
+    text = path.read_text()
+    assert [json.loads(line)["step"] for line in text.splitlines()] == [1, 2, 3]  # as pandas.read_json(lines=True)
+    assert text.endswith('"loss": 0.5}\n')
+
+
+def test_events_outlast_a_kill_in_mid_line(tmp_path: Path) -> None:
+    for attempt in (1, 2):
+        folder = RunFolder(tmp_path)
+        told = Events(folder)
+        told.add("start", 0, 0.0, 1.5)
+        told.add("save", 5, 2.0, 0.01)
+        folder.release()
+        (tmp_path / "events.jsonl").write_bytes((tmp_path / "events.jsonl").read_bytes()[:-10])
+        found = events.read(tmp_path)
+        assert [(e["kind"], e["attempt"]) for e in found] == [("start", n) for n in range(1, attempt + 1)]
+    assert found[0]["seconds"] == 1.5 and datetime.fromisoformat(found[0]["time"]).tzinfo
 
 
 def test_a_run_folder_is_held_by_one_process_and_freed_by_its_death(tmp_path: Path) -> None:
@@ -108,21 +130,32 @@ def test_provenance_holds_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["commit"] and found["versions"]["torch"]
 
 
-def test_a_file_gets_plain_lines_without_control_characters() -> None:
+def test_a_file_gets_plain_lines_with_the_time_and_without_control_characters() -> None:
     stream, clock = io.StringIO(), Clock()
     console = Console(PLAN, stream, clock)
     console.step(10)
     clock.now = 10
-    console.step(20)
-    record = {"step": 20, "loss": 1.5, "top1": 40.0, "lr": 0.1, "images_per_second": 1234.5, "data_wait_fraction": 0.02}
+    console.step(25)
+    record = {"step": 25, "loss": 1.5, "top1": 40.0, "lr": 0.1, "images_per_second": 1234.5, "data_wait_fraction": 0.02}
     console.train(record)
-    console.evaluation({"step": 20, "count": 50_000, "seconds": 2.0, "top1": 41.0, "top5": 80.0, "loss": 1.25})
-    console.close()
-    first, second = stream.getvalue().splitlines()
-    assert first == (
-        "epoch 2.00/6  step 20/60  loss 1.5000  top-1 40.00%  lr 0.1  1,234 images/s  data 2%  0:00:40 left"
+    training = {"loss": 1.5, "top1": 40.0, "images_per_second": 1200.0, "seconds": 62}
+    console.epoch(30, training, {"count": 50_000, "seconds": 2.0, "top1": 41.0, "top5": 80.0, "loss": 1.25})
+    console.epoch(30, training | {"loss": None, "images_per_second": None}, None)
+    console.say("class \x1b[31mred\x07")
+    console.close([("top-1", "41.00%"), ("done", "runs/a")])
+    *stamped, top1, done = stream.getvalue().splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ", line) for line in stamped)
+    step, epoch, bare, hostile = (line[21:] for line in stamped)
+    assert step == (
+        "epoch 2.50/6  step 25/60  loss 1.5000  top-1 40.00%  lr 0.1  1,234 images/s  data 2%"
+        "  left 0:00:03 of the epoch, 0:00:23 of the run"
     )
-    assert second.endswith("evaluated 50,000 images in 2.0 s: top-1 41.00%  top-5 80.00%  loss 1.2500")
+    assert epoch == (
+        "epoch 3.00/6  step 30/60  took 0:01:02  training loss 1.5000, top-1 40.00%  1,200 images/s  "
+        "evaluated 50,000 images in 2.0 s: top-1 41.00%, top-5 80.00%, loss 1.2500"
+    )
+    assert bare == "epoch 3.00/6  step 30/60  took 0:01:02" and hostile == "class ?[31mred?"
+    assert (top1, done) == ("top-1     41.00%", "done      runs/a")
     assert set(stream.getvalue()) <= {"\n", *map(chr, range(32, 127))}
 
 

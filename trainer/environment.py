@@ -47,6 +47,10 @@ def place() -> Place:
     return Place(0, 0, 1, 1)
 
 
+def host() -> str:
+    return socket.gethostname()
+
+
 def has_wandb_key() -> bool:
     """Whether W&B could log in without asking: a key in the environment or in netrc, where it looks itself."""
     if os.environ.get("WANDB_API_KEY"):

@@ -14,6 +14,7 @@ from torch import nn
 
 from trainer.data.loader import Batch
 from trainer.ema import Average
+from trainer.exposed import Backward, Wait
 from trainer.metrics import sums
 from trainer.nonfinite import Skipping
 from trainer.optim import Clip, set_lr
@@ -57,6 +58,7 @@ class StepRecord:
     totals: torch.Tensor
     bad: torch.Tensor  # bool (2,): this rank's loss, the gradient's norm is not finite
     data_seconds: float  # the host's wait for batches
+    waits: list[Wait]  # for gradients to be reduced
 
 
 class _Mixed(NamedTuple):
@@ -86,7 +88,7 @@ def train_steps(
         statistics = learner.skipping.snapshot() if learner.skipping else None
         totals = torch.zeros(7, dtype=torch.float64, device=learner.device)
         waited, seen = 0.0, []
-        backward = partial(enter, "backward", step)
+        backward = Backward(learner.device, partial(enter, "backward", step))
         for micro in range(learner.accumulation):
             enter("data", step)
             start = time.perf_counter()
@@ -111,12 +113,13 @@ def train_steps(
             learner.skipping.restore(statistics, ~bad[1])
             totals = torch.where(bad[1], 0.0, totals)
             totals[6] = bad[1]
-        yield StepRecord(step, lr, totals, bad, waited)
+        yield StepRecord(step, lr, totals, bad, waited, backward.waits)
 
 
-def _accumulate(learner: Learner, batch: _Mixed, backward: Callable[[], object], *, last: bool) -> torch.Tensor:
+def _accumulate(learner: Learner, batch: _Mixed, backward: Backward, *, last: bool) -> torch.Tensor:
     """One forward and backward pass; only the last of a step reduces gradients over the ranks."""
-    local = nullcontext() if last or not hasattr(learner.model, "no_sync") else learner.model.no_sync()
+    distributed = hasattr(learner.model, "no_sync")
+    local = learner.model.no_sync() if distributed and not last else nullcontext()
     with local:
         with autocast(learner.dtype, learner.device):
             logits = learner.model(batch.images)
@@ -125,12 +128,11 @@ def _accumulate(learner: Learner, batch: _Mixed, backward: Callable[[], object],
             loss = learner.criterion(logits, batch.targets)
             if learner.teacher is not None:
                 loss = learner.teacher.blended(loss, logits, batch.images)
-        backward()
-        learner.scaler.scale(loss / learner.accumulation).backward()
+        backward(learner.scaler.scale(loss / learner.accumulation), reduces=distributed and last)
     return sums(loss, logits, batch.labels)
 
 
-def _gradient_uphill(learner: Learner, step: int, batches: list[_Mixed], backward: Callable[[], object]) -> None:
+def _gradient_uphill(learner: Learner, step: int, batches: list[_Mixed], backward: Backward) -> None:
     """Take the gradients of `batches` anew, uphill of the weights, with the same dropout."""
     torch.manual_seed(learner.seed + step)
     with uphill(learner.model, learner.uphill(step)):

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer import checkpoint, configfile, intake, learner, precision, resume
+from trainer import checkpoint, configfile, environment, intake, learner, precision, resume
 from trainer.accuracy import Accuracy
 from trainer.config import Config
 from trainer.data.loader import DataSet, EvaluationBatches, TrainingBatches, open_data
@@ -17,10 +17,11 @@ from trainer.loop import train_steps
 from trainer.nonfinite import NonFiniteError, Rollback, data_step
 from trainer.plan import Plan
 from trainer.report.folder import RunFolder
+from trainer.report.gauges import Gauges
 from trainer.report.opening import introduce, write_origin
 from trainer.report.reporter import Reporter, Silent
 from trainer.report.wandb_run import WandbRun
-from trainer.saver import NoSaver, Saver
+from trainer.saver import NoSaver, Saver, save_due
 from trainer.signals import Stopped, StopSignals
 from trainer.state import RunState
 from trainer.tally import Due, Tally
@@ -112,8 +113,7 @@ class _Run:
                 print(f"{self.folder.path} is finished ({self.progress.step} steps): nothing is left to do")
             return DONE
         self.progress.target_seconds = None  # what an earlier and lower target took
-        if self.here.is_main:
-            self._open_report(command)
+        self._open_report(command, self.here.gather(environment.host()))
         facts = {"classes": len(self.data.classes), "after": self.progress.step}
         introduce(self.reporter, self.config, self.plan, self.here, self.learner, **facts)
         try:
@@ -155,6 +155,7 @@ class _Run:
             if not stopped_by:
                 intake.account(self.here, self.reporter, batches, self.evaluation)
                 self.progress.closed = end
+                self.reporter.epoch(end)
             self._save(top1)
             if stopped_by:
                 return stopped_by
@@ -193,7 +194,7 @@ class _Run:
         due, self.due = self.due, None
         found = self.tally.read(due)
         if found.averages:
-            self.reporter.train(due.step, found.averages, due.lr, found.grad_norm)
+            self.reporter.train(due.step, found.averages, due.lr, found.grad_norm, found.figures)
         if found.skipped:
             blame = self.tally.blame(due)
             self.reporter.say(f"warning: {found.skipped} steps before step {due.step} were skipped, {blame}")
@@ -246,26 +247,22 @@ class _Run:
         self.reporter.evaluation(progress.step, found, time.monotonic() - began, average)
         if self._complete() and progress.target_seconds is None:
             progress.target_seconds = self.reporter.wall_seconds
-        self.reporter.pause()
         return max(found.top1, average.top1 if average else 0.0), 0
 
     def _save_due(self) -> bool:
         """Whether this rank finds that a save is due; the clock is the main rank's alone."""
-        options = self.config.checkpoint
-        by_steps = options.every_steps is not None and self.progress.step % options.every_steps == 0
-        minutes = (time.monotonic() - self.saved_at) / 60
-        return by_steps or (
-            self.here.is_main and options.every_minutes is not None and minutes >= options.every_minutes
-        )
+        minutes = (time.monotonic() - self.saved_at) / 60 if self.here.is_main else 0.0
+        return save_due(self.config.checkpoint, self.progress.step, minutes)
 
     def _save(self, top1: float | None = None) -> None:
         """Begin a save on the main rank; a full disk is warned of and the run goes on."""
         self.watch.enter("save")
+        self.saved_at = time.monotonic()
         self._tell()
         self.check.settle()
         self.tally.check(self.progress.step)
         ranks = self.state.gather()
-        self.saved_at = time.monotonic()
+        self.tally.pause()
         self.reporter.pause()
         if not self.here.is_main:
             return
@@ -280,16 +277,20 @@ class _Run:
         closing = self.progress.closed == self.progress.step
         lasting = closing and every is not None and self.plan.epoch_of(self.progress.step) % every == 0
         self.saver.save(self.progress.step, state, checkpoint.Label(top1=top1, lasting=lasting), self.state.still())
+        self.reporter.saved(self.progress.step, time.monotonic() - self.saved_at)
 
     # Words.
 
-    def _open_report(self, command: list[str]) -> None:
+    def _open_report(self, command: list[str], hosts: list[str]) -> None:
         """On the main rank: write down where the run comes from, and begin to report."""
+        if not self.here.is_main:
+            return
         self.folder.rewind_metrics(self.progress.step)
-        origin = write_origin(self.config, self.plan, self.here, self.folder, command)
+        origin = write_origin(self.config, self.plan, self.here, self.data, self.folder, command, hosts)
         facts = configfile.to_dict(self.config) | {"run": origin}
         wandb_run = WandbRun(self.config.report, self.folder.path, origin["wandb_id"], facts)
-        self.reporter = Reporter(self.plan, self.folder, wandb_run, self.progress.wall_seconds)
+        gauges = Gauges(self.config, self.plan, self.here, len(self.data.classes))
+        self.reporter = Reporter(self.plan, self.folder, wandb_run, self.progress.wall_seconds, gauges)
 
     def _finish(self, status: str, **facts: Any) -> None:
         if self.config.loop.stop_at:

@@ -19,11 +19,12 @@ from trainer.config import ConfigError
 from trainer.mistakes import warn
 from trainer.report.lease import FolderLostError, Holder, Lease
 
+METRICS = "metrics.jsonl"
 PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "wandb", "numpy", "omegaconf")
 
 
 class RunFolder:
-    """`output_dir` of one run. Files are replaced whole, except metrics.jsonl, which grows by whole lines.
+    """`output_dir` of one run. Files are replaced whole, except those of JSON lines, which grow by whole lines.
 
     Two processes of one kernel are kept apart by its lock, which ends with its holder, however that ends. Not every
     network file system passes locks on to other hosts, so there is a lease as well.
@@ -33,7 +34,7 @@ class RunFolder:
         self.path = Path(path)
         self.lease = Lease(self.path)
         self._lock: IO[str] | None = None
-        self._metrics: IO[bytes] | None = None
+        self._lines: dict[str, IO[bytes]] = {}  # by file name
         self._complained = False
 
     @property
@@ -76,9 +77,10 @@ class RunFolder:
         self.lease.demand()
 
     def release(self) -> None:
-        for file in (self._metrics, self._lock):
+        for file in (*self._lines.values(), self._lock):
             if file is not None:
                 file.close()
+        self._lines.clear()
         self.lease.release()
 
     def read(self, name: str) -> dict[str, Any] | None:
@@ -118,21 +120,29 @@ class RunFolder:
             pass  # the saver has said so, and the run has ended for it
 
     def add_metrics(self, record: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl, or none of it; what cannot be written is warned of, once a run."""
+        self.add_line(METRICS, record)
+
+    def add_line(self, name: str, record: dict[str, Any]) -> None:
+        """Append one line to file `name`, or none of it; what cannot be written is warned of, once a run."""
         line = json.dumps(record).encode() + b"\n"
         try:
-            if self._metrics is None:
+            if name not in self._lines:
                 # Unbuffered: a line that a full disk refused must not come back with the next one.
-                self._metrics = open(self.path / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115 (kept open)
-            end = os.fstat(self._metrics.fileno()).st_size
+                file = open(self.path / name, "a+b", buffering=0)  # noqa: SIM115 (kept open)
+                self._lines[name] = file
+                end = file.seek(0, os.SEEK_END)
+                if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
+                    line = b"\n" + line  # a kill cut the last one short: it must not take this one along
+            file = self._lines[name]
+            end = os.fstat(file.fileno()).st_size
             try:
                 while line:  # a disk that is nearly full takes a part, and refuses the rest
-                    line = line[self._metrics.write(line) :]
+                    line = line[file.write(line) :]
             except OSError:
-                self._metrics.truncate(end)
+                file.truncate(end)
                 raise
         except OSError as error:
-            self._complain(str(_unwritable(self.path / "metrics.jsonl", error)))
+            self._complain(str(_unwritable(self.path / name, error)))
 
     def _complain(self, problem: str) -> None:
         if not self._complained:
@@ -141,10 +151,9 @@ class RunFolder:
 
     def rewind_metrics(self, step: int) -> None:
         """Drop the lines of steps after `step`, which a resumed run takes again, and a line that a kill cut short."""
-        if self._metrics is not None:
-            self._metrics.close()
-            self._metrics = None
-        path = self.path / "metrics.jsonl"
+        if METRICS in self._lines:
+            self._lines.pop(METRICS).close()
+        path = self.path / METRICS
         if not path.exists():
             return
         kept = []
@@ -155,7 +164,7 @@ class RunFolder:
                 continue
             if record["step"] <= step:
                 kept.append(line + "\n")
-        self.write("metrics.jsonl", "".join(kept))
+        self.write(METRICS, "".join(kept))
 
 
 def _unwritable(what: str | Path, error: OSError) -> ConfigError:

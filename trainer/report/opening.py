@@ -6,10 +6,12 @@ import secrets
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 
 from trainer import environment
 from trainer.config import Config
+from trainer.data.loader import DataSet
 from trainer.distributed import World
 from trainer.loop import Learner
 from trainer.plan import Plan
@@ -17,12 +19,16 @@ from trainer.report.folder import RunFolder, provenance
 from trainer.report.reporter import Silent
 
 
-def write_origin(config: Config, plan: Plan, here: World, folder: RunFolder, command: list[str]) -> dict[str, Any]:
-    """Write run.json, where the run comes from, and return it."""
+def write_origin(
+    config: Config, plan: Plan, here: World, data: DataSet, folder: RunFolder, command: list[str], hosts: list[str]
+) -> dict[str, Any]:
+    """Write run.json, where the run comes from, and return it; `hosts` are the ranks'."""
     before = folder.read("run.json") or {}
     origin = {
         **provenance(command, environment.recorded()),
         "devices": f"{here.size} x {here.device_name}",
+        "hosts": hosts,
+        "loader": _loader(config, here, data),
         "seed": config.seed,
         "plan": asdict(plan),
         "wandb_id": before.get("wandb_id") or secrets.token_hex(4),
@@ -31,12 +37,26 @@ def write_origin(config: Config, plan: Plan, here: World, folder: RunFolder, com
     return origin
 
 
+def _loader(config: Config, here: World, data: DataSet) -> dict[str, Any] | None:
+    """What decoding costs and what there is for it on the main rank; None for synthetic images."""
+    if data.train is None:
+        return None
+    widths, heights = (np.asarray(sides, np.float64) for sides in (data.train.widths, data.train.heights))
+    return {
+        "threads": config.data.threads or min(here.cores, 8),  # as trainer/data/decoder.py chooses
+        "cores": here.cores,
+        "megapixels": round(float((widths * heights).mean()) / 1e6, 4),
+        "short_side": int(np.median(np.minimum(widths, heights))),
+    }
+
+
 def introduce(
     reporter: Silent, config: Config, plan: Plan, here: World, learner: Learner, *, classes: int, after: int
 ) -> None:
     """Say once what is trained, where, and the arithmetic; `after` steps are taken already."""
     parameters = sum(p.numel() for p in learner.model.parameters()) / 1e6
     dtype = str(learner.dtype or torch.float32).removeprefix("torch.")
+    reporter.begin(after)
     begun = f", going on after step {after}" if after else ""
     reporter.say(f"run       {config.output_dir}{begun}")
     reporter.say(f"model     {config.model.name}: {parameters:.2f} M parameters, {classes} classes")

@@ -7,8 +7,12 @@ from typing import Any
 
 from trainer.metrics import Averages
 from trainer.plan import Plan
+from trainer.report.closing import closing
 from trainer.report.console import Console
+from trainer.report.drawing import Drawing
+from trainer.report.events import Events, process_age
 from trainer.report.folder import RunFolder
+from trainer.report.gauges import Gauges
 from trainer.report.speed import Stopwatch
 from trainer.report.wandb_run import WandbRun
 
@@ -20,14 +24,25 @@ class Silent:
 
     def say(self, text: str) -> None: ...
 
+    def begin(self, step: int) -> None:
+        """Training begins, or goes on, after `step` steps."""
+
     def step(self, step: int, data_seconds: float) -> None:
         """`step` steps are done; the last one waited `data_seconds` for its images on this rank."""
 
-    def train(self, step: int, averages: Averages, lr: float, grad_norm: float) -> None:
-        """Averages since the last such record, up to `step`."""
+    def train(
+        self, step: int, averages: Averages, lr: float, grad_norm: float, figures: dict[str, Any] | None = None
+    ) -> None:
+        """Averages since the last such record, up to `step`; `figures` are trainer.tally.Sums.figures."""
 
     def evaluation(self, step: int, averages: Averages, seconds: float, ema: Averages | None = None) -> None:
         """Accuracy after `step` steps, and that of the averaged weights where there are any."""
+
+    def epoch(self, step: int) -> None:
+        """An epoch, or the run, ends after `step` steps, evaluated if that was due."""
+
+    def saved(self, step: int, seconds: float) -> None:
+        """A save was begun, which kept training for `seconds`; whoever writes it to disk goes on beside it."""
 
     def left_out(self, kind: str, reasons: list[str], converted: int) -> None:
         """So far these training or evaluation images were skipped, and Pillow had to decode `converted` others."""
@@ -42,11 +57,17 @@ class Silent:
 class Reporter(Silent):
     """The main rank's."""
 
-    def __init__(self, plan: Plan, folder: RunFolder, wandb_run: WandbRun, wall_seconds: float) -> None:
-        self._plan, self._folder, self._wandb = plan, folder, wandb_run
+    def __init__(
+        self, plan: Plan, folder: RunFolder, wandb_run: WandbRun, wall_seconds: float, gauges: Gauges | None = None
+    ) -> None:
+        self._plan, self._folder, self._wandb, self._gauges = plan, folder, wandb_run, gauges
         self._console = Console(plan)
         self._watch = Stopwatch()
         self._began = time.monotonic() - wall_seconds
+        self._events = Events(folder)
+        self._drawing = Drawing(folder)
+        self._epoch = _Epoch(wall_seconds)
+        self._step = 0
 
     @property
     def wall_seconds(self) -> float:
@@ -56,20 +77,45 @@ class Reporter(Silent):
     def say(self, text: str) -> None:
         self._console.say(text)
 
+    def begin(self, step: int) -> None:
+        self._step = step
+        self._epoch = _Epoch(self.wall_seconds)
+        self._events.add("start", step, self.wall_seconds, process_age())
+
     def step(self, step: int, data_seconds: float) -> None:
+        self._step = step
         self._watch.step(self._plan.global_batch, data_seconds)
         self._console.step(step)
 
-    def train(self, step: int, averages: Averages, lr: float, grad_norm: float) -> None:
+    def train(
+        self, step: int, averages: Averages, lr: float, grad_norm: float, figures: dict[str, Any] | None = None
+    ) -> None:
         speed, wait = self._watch.window()
-        figures = {"lr": lr, "grad_norm": grad_norm, "images_per_second": speed, "data_wait_fraction": wait}
-        record = self._record("train", step, averages, **figures)
+        pace = {
+            "images_per_second": speed,
+            "images_per_second_per_gpu": speed and speed / self._plan.ranks,
+            "step_seconds": speed and self._plan.global_batch / speed,
+            "data_wait_fraction": wait,
+        }
+        gauges = self._gauges.read(step, speed) if self._gauges else {}
+        more = {"lr": lr, "grad_norm": grad_norm, **pace, **(figures or {}), **gauges}
+        record = self._record("train", step, averages, **more)
+        self._epoch.add(record, averages.count)
         self._console.train(record)
 
     def evaluation(self, step: int, averages: Averages, seconds: float, ema: Averages | None = None) -> None:
         more = {"ema_loss": ema.loss, "ema_top1": ema.top1, "ema_top5": ema.top5} if ema else {}
         record = self._record("eval", step, averages, count=averages.count, seconds=round(seconds, 3), **more)
-        self._console.evaluation(record)
+        self._epoch.evaluation = record
+        self._events.add("eval", step, self.wall_seconds, seconds, top1=averages.top1)
+
+    def epoch(self, step: int) -> None:
+        self._console.epoch(step, self._epoch.training(self.wall_seconds), self._epoch.evaluation)
+        self._epoch = _Epoch(self.wall_seconds)
+        self._drawing.begin()
+
+    def saved(self, step: int, seconds: float) -> None:
+        self._events.add("save", step, self.wall_seconds, seconds)
 
     def left_out(self, kind: str, reasons: list[str], converted: int) -> None:
         self._folder.write(f"skipped_{kind}.json", {"skipped": reasons, "decoded_by_pillow": converted})
@@ -85,15 +131,13 @@ class Reporter(Silent):
     def finish(self, status: str, **facts: Any) -> None:
         speed, _ = self._watch.whole()
         summary = {"status": status, **facts, "images_per_second": speed, "wall_seconds": round(self.wall_seconds, 3)}
+        self._events.add("end", self._step, self.wall_seconds, 0.0, status=status)
+        more, rows = closing(self._folder.path, summary)
+        summary |= more
         self._folder.try_to_write("summary.json", summary)
         self._wandb.finish(summary, 1 if status == "failed" else 0)
-        self._console.close()
-        top1 = summary.get("last_top1")
-        if top1 is not None:
-            self.say(f"top-1     {top1:.2f}% (best {summary['best_top1']:.2f}%)")
-        if speed is not None:
-            self.say(f"speed     {speed:,.0f} images/s (without warm-up, evaluation and saving)")
-        self.say(f"{status:<9} {self._folder.path}")
+        self._drawing.finish()
+        self._console.close(rows)
 
     def _record(self, kind: str, step: int, averages: Averages, **more: Any) -> dict[str, Any]:
         """Write a record down, and return it."""
@@ -112,3 +156,30 @@ class Reporter(Silent):
         self._folder.add_metrics(record)
         self._wandb.log(record)
         return record
+
+
+class _Epoch:
+    """What the records of one epoch come to."""
+
+    def __init__(self, began: float) -> None:
+        self.evaluation: dict[str, Any] | None = None
+        self._began = began
+        self._images, self._loss, self._right = 0, 0.0, 0.0
+        self._timed, self._seconds = 0, 0.0
+
+    def add(self, record: dict[str, Any], images: int) -> None:
+        self._images += images
+        self._loss += images * record["loss"]
+        self._right += images * record["top1"]
+        if record["images_per_second"]:
+            self._timed += images
+            self._seconds += images / record["images_per_second"]
+
+    def training(self, now: float) -> dict[str, Any]:
+        """For Console.epoch; each None where it is not known."""
+        return {
+            "loss": self._loss / self._images if self._images else None,
+            "top1": self._right / self._images if self._images else None,
+            "images_per_second": self._timed / self._seconds if self._seconds else None,
+            "seconds": now - self._began,
+        }
