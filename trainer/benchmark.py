@@ -28,7 +28,7 @@ def loader(config: Config, images: int) -> int:
         plan = Plan.of(config, here.size, data.samples)
         batches = TrainingBatches(config, data, plan, here, 0)
         count = -(-images // plan.batch)
-        for _ in range(_ahead(config)):  # as much is under way at the end of the clock as at its beginning
+        for _ in range(ahead(config)):  # as much is under way at the end of the clock as at its beginning
             next(batches)
         cpu, began = time.process_time(), time.perf_counter()
         for _ in range(count):
@@ -63,7 +63,7 @@ def end_to_end(config: Config, steps: int) -> int:
             "real": TrainingBatches(config, data, plan, here, 0),
         }
         # The first steps of a block are not counted: the queue that the other block let fill, or left to be filled.
-        block = _Block(learned, _ahead(config), steps)
+        block = _Block(learned, ahead(config), steps)
         rates: dict[str, list[float]] = {name: [] for name in sources}
         for _ in range(BLOCKS):
             for name, batches in sources.items():
@@ -101,7 +101,7 @@ COMMANDS: dict[str, tuple[Callable[[Config, int], int], int]] = {  # with how ma
 }
 
 
-def _ahead(config: Config) -> int:
+def ahead(config: Config) -> int:
     """Batches that may be under way: both of the loader's queues, and what is being resized between them."""
     return 2 * config.data.prefetch + 3
 

@@ -10,6 +10,7 @@ from trainer.report.markup import Markup, join, tag
 
 SIDE = 1000  # of the square that lines are drawn in, before it is stretched
 POINTS = 400  # of a line, about as many as a screen can show
+DOTS = 40  # points of a line that are shown as such
 COLOURS = 6  # of page.css, told apart by the colour-blind; a seventh run takes the first again
 Point = tuple[float, float]
 
@@ -39,7 +40,7 @@ def chart(series: list[Series], x: Axis, y: Axis, *, zero: bool = False, marks: 
     everything = [point for _, points in drawn for point in points]
     if not everything:
         return tag("p", "Nothing to draw yet.", cls="empty")
-    across = _range([p[0] for p in everything])
+    across = _range([p[0] for p in everything], zero=True)
     up = _range([p[1] for p in everything], zero=zero)
     up_ticks = y.ticks(*up)
     up = (min(up[0], up_ticks[0]), max(up[1], up_ticks[-1]))
@@ -72,7 +73,7 @@ def _line(one: Series, path: list[Point], words: list[tuple[str, str]]) -> list[
     colour = f"c{one.colour % COLOURS}"
     told = ";".join(f"{x}|{y}" for x, y in words)
     found = [tag("path", d="M" + "L".join(points), cls=f"{one.style} {colour}", data_name=one.name, data_told=told)]
-    if one.style == "dots" or len(points) == 1:
+    if (one.style == "dots" and len(points) <= DOTS) or len(points) == 1:
         # A line of no length with round ends stays round however the box is stretched.
         found.append(tag("path", d="".join(f"M{point}h0" for point in points), cls=f"dot {colour}"))
     return found

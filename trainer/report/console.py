@@ -105,10 +105,9 @@ class Console:
         if step <= first:
             return ""
         pace = (self._clock() - began) / (step - first)
-        epoch = min(self._plan.epoch_end(max(step - 1, 0)), self._plan.total_steps)
-        return (
-            f"  left {duration(pace * (epoch - step))} of the epoch, {duration(pace * (self._plan.total_steps - step))}"
-        )
+        total = self._plan.total_steps
+        epoch = min(self._plan.epoch_end(max(step - 1, 0)), total)
+        return f"  left {duration(pace * (epoch - step))} of the epoch, {duration(pace * (total - step))} of the run"
 
 
 def duration(seconds: float) -> str:

@@ -126,10 +126,12 @@ def _time(runs: list[Run]) -> Markup:
         bars.append(tag("div", label, tag("div", *pieces, cls="stack"), cls="split"))
     rows = []
     for part in shown:
-        cells = [f"{portion.get(part, 0):.1%} · {span(parts[part])}" for portion, parts in zip(portions, seconds)]
+        cells = []
+        for portion, parts in zip(portions, seconds):
+            cells += [f"{portion.get(part, 0):.1%}", span(parts[part])]
         rows.append([tag("span", tag("span", cls=f"swatch {_kind(part)}"), MEANING[part], cls="run"), *cells])
-    head = ["", *(run.name for run in runs)] if len(runs) > 1 else []
-    figures = table(head, rows, range(1, len(runs) + 1))
+    head = ["", *(cell for run in runs for cell in (run.name, ""))] if len(runs) > 1 else []
+    figures = table(head, rows, range(1, 2 * len(runs) + 1))
     return tag("section", tag("h2", "Where the time went"), *bars, figures, cls="time")
 
 
