@@ -8,22 +8,27 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import warnings
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from conftest import here
 
 from trainer import configfile, environment
 from trainer.config import ConfigError, Report
 from trainer.metrics import Averages
 from trainer.plan import Plan
-from trainer.report import events, wandb_run
+from trainer.report import events, page, tensorboard, wandb_run
 from trainer.report.console import Console
+from trainer.report.drawing import Drawing
 from trainer.report.events import Events
 from trainer.report.folder import RunFolder, provenance
 from trainer.report.reporter import Reporter, Silent
 from trainer.report.speed import WARM_UP_STEPS, Stopwatch
+from trainer.report.tensorboard import Board
 from trainer.report.wandb_run import WandbRun
 
 PLAN = Plan.of(configfile.load(None, ["global_batch_size=10", "schedule.epochs=6"]), 1, 100)
@@ -229,3 +234,74 @@ def test_a_wandb_key_is_found_where_its_client_looks(tmp_path: Path, monkeypatch
     monkeypatch.setenv("WANDB_API_KEY", "key")
     assert environment.has_wandb_key()
     assert wandb_run.FINISH_TIMEOUT <= 60
+
+
+def test_tensorboard_is_refused_at_the_start_where_it_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorboard.util, "find_spec", lambda name: None)
+    (tmp_path / "empty.yaml").write_text("{}")
+    options = [tmp_path / "empty.yaml", f"output_dir={tmp_path / 'run'}", "report.tensorboard=true"]
+    refused = here("train", *options)
+    assert refused.status == 2 and refused.errors.count("\n") == 1 and not (tmp_path / "run").exists()
+    assert "report.tensorboard=true needs the package tensorboard: pip install" in refused.errors
+
+
+def test_tensorboard_gets_every_scalar_of_a_record_and_a_failure_ends_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    written: list[tuple] = []
+
+    class Writer:  # stands for torch.utils.tensorboard's, which needs a package that is not on this machine
+        def __init__(self, folder: str, purge_step: int | None) -> None:
+            written.append((folder, purge_step))
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            if step == 9:
+                raise OSError("disk full")
+            written.append((name, value, step))
+
+        def close(self) -> None:
+            written.append(("closed",))
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    board = Board(Report(tensorboard=True), tmp_path, 4)
+    record = {"kind": "train", "step": 5, "epoch": 1, "samples": 9, "loss": 0.5, "mfu": None, "slowest_rank_by": "data"}
+    board.log(record)
+    board.close()
+    assert written == [(f"{tmp_path}/tensorboard", 5), ("train/loss", 0.5, 5), ("closed",)]
+    for _ in range(2):
+        board.log(record | {"step": 9})
+    assert capsys.readouterr().err.count("no TensorBoard from here on") == 1
+    Board(Report(), tmp_path, 0).log(record)
+
+
+def test_a_page_that_fails_warns_once_and_harms_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder = RunFolder(tmp_path)
+    drawing = Drawing(folder)  # of a folder without a config
+    for _ in range(3):
+        drawing.begin()
+        drawing.finish()
+    assert capsys.readouterr().err.count("no more report.html") == 1 and not (tmp_path / "report.html").exists()
+
+
+def test_an_epochs_end_does_not_wait_for_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    def slow(found: list) -> str:
+        began.set()
+        assert go_on.wait(60)
+        return "page"
+
+    monkeypatch.setattr(page, "page", slow)
+    (tmp_path / "config.yaml").write_text("{}")
+    drawing = Drawing(RunFolder(tmp_path))
+    drawing.begin()
+    assert began.wait(60)
+    drawing.begin()  # while the first is still being made
+    assert not (tmp_path / "report.html").exists()
+    go_on.set()
+    drawing.finish()
+    assert (tmp_path / "report.html").read_text() == "page"

@@ -39,6 +39,9 @@ def _train(options: argparse.Namespace) -> int:
         from trainer import configfile
 
         config = configfile.load(options.config, options.overrides)
+        from trainer.report import tensorboard
+
+        tensorboard.demand(config.report)
         from trainer.train import train
 
         return train(config, sys.argv, signals)

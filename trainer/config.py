@@ -107,6 +107,7 @@ class Report:
     wandb: str = "auto"  # auto (online with a key, offline without) | online | offline | disabled
     project: str = "imagenet-trainer"
     name: str | None = None  # of the W&B run; None: the run folder's
+    tensorboard: bool = False  # write RUN/tensorboard as well; needs the package tensorboard
 
     def __post_init__(self) -> None:
         at_least("report.log_every", self.log_every, 1)

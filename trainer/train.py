@@ -20,6 +20,7 @@ from trainer.report.folder import RunFolder
 from trainer.report.gauges import Gauges
 from trainer.report.opening import introduce, write_origin
 from trainer.report.reporter import Reporter, Silent
+from trainer.report.tensorboard import Board
 from trainer.report.wandb_run import WandbRun
 from trainer.saver import NoSaver, Saver, save_due
 from trainer.signals import Stopped, StopSignals
@@ -239,11 +240,7 @@ class _Run:
             average, stopped_by = self.accuracy.of(self.state.average, progress.step)
         if found is None or stopped_by:
             return None, stopped_by
-        progress.last_top1 = found.top1
-        progress.best_top1 = max(found.top1, progress.best_top1 or 0.0)
-        if average:
-            progress.last_ema_top1 = average.top1
-            progress.best_ema_top1 = max(average.top1, progress.best_ema_top1 or 0.0)
+        progress.evaluated(found.top1, average.top1 if average else None)
         self.reporter.evaluation(progress.step, found, time.monotonic() - began, average)
         if self._complete() and progress.target_seconds is None:
             progress.target_seconds = self.reporter.wall_seconds
@@ -290,7 +287,8 @@ class _Run:
         facts = configfile.to_dict(self.config) | {"run": origin}
         wandb_run = WandbRun(self.config.report, self.folder.path, origin["wandb_id"], facts)
         gauges = Gauges(self.config, self.plan, self.here, len(self.data.classes))
-        self.reporter = Reporter(self.plan, self.folder, wandb_run, self.progress.wall_seconds, gauges)
+        board = Board(self.config.report, self.folder.path, self.progress.step)
+        self.reporter = Reporter(self.plan, self.folder, wandb_run, self.progress.wall_seconds, gauges, board)
 
     def _finish(self, status: str, **facts: Any) -> None:
         if self.config.loop.stop_at:

@@ -23,6 +23,7 @@ class Series:
     colour: int
     points: Sequence[Point]
     style: str = "line"
+    run: str = ""
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,10 @@ def time_ticks(low: float, high: float) -> list[float]:
     return [float(v) for v in range(math.ceil(low / step) * step, int(high) + 1, step)]
 
 
-def legend(entries: list[tuple[str, int, str]]) -> Markup:
-    """(name, colour, style) of lines."""
-    items = [tag("li", tag("span", cls=f"key {style} c{colour % COLOURS}"), name) for name, colour, style in entries]
+def legend(entries: list[tuple[str, int | None, str]]) -> Markup:
+    """(name, colour, style) of lines; None: the colour of the words."""
+    items = []
+    for name, colour, style in entries:
+        hue = "" if colour is None else f" c{colour % COLOURS}"
+        items.append(tag("li", tag("span", cls=f"key {style}{hue}"), name))
     return tag("ul", join(items), cls="legend")

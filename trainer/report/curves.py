@@ -50,15 +50,17 @@ def curves(runs: list[Run]) -> Markup:
     for colour, run in enumerate(runs):
         name = f"{run.name} " if several else ""
         ema = any("ema_top1" in record for record in run.evaluations)
-        accuracy.append((run, Series(f"{name}training", colour, [], "thin"), "train", "top1"))
-        loss.append((run, Series(f"{name}training", colour, [], "thin"), "train", "loss"))
+        accuracy.append((run, Series(f"{name}training", colour, [], "thin", run.name), "train", "top1"))
+        loss.append((run, Series(f"{name}training", colour, [], "thin", run.name), "train", "loss"))
         if ema:
-            accuracy.append((run, Series(f"{name}averaged weights", colour, [], "dashed"), "eval", "ema_top1"))
-            loss.append((run, Series(f"{name}averaged weights", colour, [], "dashed"), "eval", "ema_loss"))
-        accuracy.append((run, Series(f"{name}evaluation", colour, [], "dots"), "eval", "top1"))
-        loss.append((run, Series(f"{name}evaluation", colour, [], "dots"), "eval", "loss"))
-        rate.append((run, Series(run.name, colour, []), "train", "lr"))
-        speed.append((run, Series(run.name, colour, []), "train", "images_per_second"))
+            accuracy.append(
+                (run, Series(f"{name}averaged weights", colour, [], "dashed", run.name), "eval", "ema_top1")
+            )
+            loss.append((run, Series(f"{name}averaged weights", colour, [], "dashed", run.name), "eval", "ema_loss"))
+        accuracy.append((run, Series(f"{name}evaluation", colour, [], "dots", run.name), "eval", "top1"))
+        loss.append((run, Series(f"{name}evaluation", colour, [], "dots", run.name), "eval", "loss"))
+        rate.append((run, Series(run.name, colour, [], run=run.name), "train", "lr"))
+        speed.append((run, Series(run.name, colour, [], run=run.name), "train", "images_per_second"))
     again = [run for run in runs if _restarts(run, "step")]
     return tag(
         "div",
@@ -80,9 +82,19 @@ def _figure(title: str, wanted: list[_Wanted], y: Axis, *, zero: bool = False, a
         marks = [mark for run in again for mark in _restarts(run, key)]
         drawn = charts.chart(used, x, y, zero=zero, marks=marks)
         panels.append(tag("div", drawn, cls=f"by-{key}"))
-    entries = charts.legend([(one.name, one.colour, one.style) for one in used]) if len(used) > 1 else ""
+    entries = charts.legend(_entries(used)) if len(used) > 1 else ""
     heading = tag("figcaption", tag("h3", title), tag("span", note) if note else "", entries)
     return tag("figure", heading, *panels)
+
+
+def _entries(used: list[Series]) -> list[tuple[str, int | None, str]]:
+    """What the lines are: of one run each by name, of several the runs by colour and the kinds by style."""
+    runs = {one.colour: one.run for one in used}
+    if len(runs) == 1:
+        return [(one.name, one.colour, one.style) for one in used]
+    kinds = {one.style: one.name.removeprefix(f"{one.run} ") for one in used}
+    named = [(name, None, style) for style, name in kinds.items()] if len(kinds) > 1 else []
+    return [*((name, colour, "line") for colour, name in runs.items()), *named]
 
 
 def _points(run: Run, kind: str, across: str, value: str) -> list[tuple[float, float]]:

@@ -14,6 +14,7 @@ from trainer.report.events import Events, process_age
 from trainer.report.folder import RunFolder
 from trainer.report.gauges import Gauges
 from trainer.report.speed import Stopwatch
+from trainer.report.tensorboard import Board
 from trainer.report.wandb_run import WandbRun
 
 
@@ -58,9 +59,15 @@ class Reporter(Silent):
     """The main rank's."""
 
     def __init__(
-        self, plan: Plan, folder: RunFolder, wandb_run: WandbRun, wall_seconds: float, gauges: Gauges | None = None
+        self,
+        plan: Plan,
+        folder: RunFolder,
+        wandb_run: WandbRun,
+        wall_seconds: float,
+        gauges: Gauges | None = None,
+        board: Board | None = None,
     ) -> None:
-        self._plan, self._folder, self._wandb, self._gauges = plan, folder, wandb_run, gauges
+        self._plan, self._folder, self._wandb, self._gauges, self._board = plan, folder, wandb_run, gauges, board
         self._console = Console(plan)
         self._watch = Stopwatch()
         self._began = time.monotonic() - wall_seconds
@@ -135,6 +142,8 @@ class Reporter(Silent):
         more, rows = closing(self._folder.path, summary)
         summary |= more
         self._folder.try_to_write("summary.json", summary)
+        if self._board:
+            self._board.close()
         self._wandb.finish(summary, 1 if status == "failed" else 0)
         self._drawing.finish()
         self._console.close(rows)
@@ -155,6 +164,8 @@ class Reporter(Silent):
         }
         self._folder.add_metrics(record)
         self._wandb.log(record)
+        if self._board:
+            self._board.log(record)
         return record
 
 
