@@ -13,6 +13,7 @@ POINTS = 400  # of a line, about as many as a screen can show
 DOTS = 40  # points of a line that are shown as such
 COLOURS = 6  # of page.css, told apart by the colour-blind; a seventh run takes the first again
 Point = tuple[float, float]
+Mark = tuple[float, str, int]  # a vertical line: where, words for it, colour
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Axis:
     ticks: Callable[[float, float], list[float]] = field(default=lambda low, high: ticks(low, high))
 
 
-def chart(series: list[Series], x: Axis, y: Axis, *, zero: bool = False, marks: Sequence[Point | tuple] = ()) -> Markup:
-    """The lines of `series` in one plot; `zero`: the y axis begins at 0; `marks` are (x, words) of vertical lines."""
+def chart(series: list[Series], x: Axis, y: Axis, *, zero: bool = False, marks: Sequence[Mark] = ()) -> Markup:
+    """The lines of `series` in one plot; `zero`: the y axis begins at 0."""
     drawn = [(one, thinned([p for p in one.points if all(map(math.isfinite, p))])) for one in series]
     everything = [point for _, points in drawn for point in points]
     if not everything:
@@ -50,7 +51,7 @@ def chart(series: list[Series], x: Axis, y: Axis, *, zero: bool = False, marks: 
         return (value - low) / (high - low) * SIDE
 
     lines = [_grid(SIDE - place(value, *up)) for value in up_ticks]
-    lines += [_mark(place(at, *across), words) for at, words in marks if across[0] <= at <= across[1]]
+    lines += [_mark(place(at, *across), words, hue) for at, words, hue in marks if across[0] <= at <= across[1]]
     for one, points in drawn:
         path = [(place(px, *across), SIDE - place(py, *up)) for px, py in points]
         lines += _line(one, path, [(x.write(px), y.write(py)) for px, py in points])
@@ -65,8 +66,8 @@ def _grid(y: float) -> Markup:
     return tag("path", d=f"M0 {y:.2f}H{SIDE}", cls="grid")
 
 
-def _mark(x: float, words: str) -> Markup:
-    return tag("path", tag("title", words), d=f"M{x:.2f} 0V{SIDE}", cls="mark")
+def _mark(x: float, words: str, colour: int) -> Markup:
+    return tag("path", tag("title", words), d=f"M{x:.2f} 0V{SIDE}", cls=f"mark c{colour % COLOURS}")
 
 
 def _line(one: Series, path: list[Point], words: list[tuple[str, str]]) -> list[Markup]:

@@ -61,28 +61,27 @@ def curves(runs: list[Run]) -> Markup:
         loss.append((run, Series(f"{name}evaluation", colour, [], "dots", run.name), "eval", "loss"))
         rate.append((run, Series(run.name, colour, [], run=run.name), "train", "lr"))
         speed.append((run, Series(run.name, colour, [], run=run.name), "train", "images_per_second"))
-    again = [run for run in runs if _restarts(run, "step")]
     return tag(
         "div",
         _figure("Top-1 accuracy", accuracy, PERCENT),
         _figure("Loss", loss, PLAIN),
         _figure("Learning rate", rate, PLAIN, zero=True),
-        _figure("Images per second", speed, SPEED, zero=True, again=again),
+        _figure("Images per second", speed, SPEED, zero=True, restarts=runs),
         cls="curves",
     )
 
 
-def _figure(title: str, wanted: list[_Wanted], y: Axis, *, zero: bool = False, again: Sequence[Run] = ()) -> Markup:
-    """One chart on each axis; dotted lines where the runs `again` were started again."""
-    panels, used = [], []
-    note = "dotted: started again" if again else ""
+def _figure(title: str, wanted: list[_Wanted], y: Axis, *, zero: bool = False, restarts: Sequence[Run] = ()) -> Markup:
+    """One chart on each axis, with dotted lines where the runs `restarts` were started again."""
+    panels, used, marks = [], [], []
     for key, x in ACROSS.items():
         series = [replace(one, points=_points(run, kind, key, value)) for run, one, kind, value in wanted]
         used = [one for one in series if one.points]
-        marks = [mark for run in again for mark in _restarts(run, key)]
+        marks = [(*mark, colour) for colour, run in enumerate(restarts) for mark in _restarts(run, key)]
         drawn = charts.chart(used, x, y, zero=zero, marks=marks)
         panels.append(tag("div", drawn, cls=f"by-{key}"))
     entries = charts.legend(_entries(used)) if len(used) > 1 else ""
+    note = "dotted: started again" if marks else ""
     heading = tag("figcaption", tag("h3", title), tag("span", note) if note else "", entries)
     return tag("figure", heading, *panels)
 

@@ -132,7 +132,7 @@ def _time(runs: list[Run]) -> Markup:
         rows.append([tag("span", tag("span", cls=f"swatch {_kind(part)}"), MEANING[part], cls="run"), *cells])
     head = ["", *(cell for run in runs for cell in (run.name, ""))] if len(runs) > 1 else []
     figures = table(head, rows, range(1, 2 * len(runs) + 1))
-    return tag("section", tag("h2", "Where the time went"), *bars, figures, cls="time")
+    return tag("section", tag("h2", "Where the time went"), *bars, figures, cls="time" if len(runs) > 1 else "time one")
 
 
 def _kind(part: str) -> str:
