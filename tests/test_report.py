@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import here
+from conftest import here, metrics, summary
 
 from trainer import configfile, environment
 from trainer.config import ConfigError, Report
@@ -305,3 +305,43 @@ def test_an_epochs_end_does_not_wait_for_the_page(tmp_path: Path, monkeypatch: p
     go_on.set()
     drawing.finish()
     assert (tmp_path / "report.html").read_text() == "page"
+
+
+@pytest.mark.end_to_end
+def test_a_run_in_two_attempts_tells_what_happened_and_leaves_its_page(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("{}")
+    options = [tmp_path / "empty.yaml", f"data.root={tiny}", f"output_dir={tmp_path / 'run'}", "data.image_size=32"]
+    options += ["global_batch_size=12", "schedule.epochs=4", "schedule.warmup_epochs=1", "model.name=resnet20"]
+    options += ["report.wandb=disabled", "report.log_every=2", "checkpoint.every_steps=3", "ema.half_life=48"]
+    first = here("train", *options, "loop.max_steps=6")
+    assert first.status == 0, first.errors
+    second = here("train", *options)
+    assert second.status == 0, second.errors
+
+    told = events.read(tmp_path / "run")
+    starts = [(e["attempt"], e["step"]) for e in told if e["kind"] == "start"]
+    assert starts == [(1, 0), (2, 6)] and [e["status"] for e in told if e["kind"] == "end"] == ["done", "done"]
+    assert [e["step"] for e in told if e["kind"] == "eval"] == [4, 6, 8, 12, 16]
+    saves = [e for e in told if e["kind"] == "save"]
+    assert {e["step"] for e in saves} == {3, 4, 6, 8, 9, 12, 15, 16} and all(0 < e["seconds"] < 60 for e in saves)
+    assert [e["wall_seconds"] for e in told] == sorted(e["wall_seconds"] for e in told)
+
+    last = metrics(tmp_path / "run", "train")[-1]
+    assert last["step_seconds"] == pytest.approx(12 / last["images_per_second"])
+    assert last["images_per_second_per_gpu"] == last["images_per_second"] and 0 < last["ema_decay"] < 1
+    absent = ("allreduce_fraction", "mfu", "max_memory_gb", "gpu_utilisation", "loss_scale")
+    assert all(last[key] is None for key in absent)
+
+    found = summary(tmp_path / "run")
+    assert found["bound"] in ("compute", "input") and found["health"] and "Too few" not in found["health"]
+    assert sum(found["seconds_by_part"].values()) == pytest.approx(found["wall_seconds"], rel=0.05)
+    *stamped, time, health, top1, averaged, speed, done = second.output.splitlines()
+    assert [line.split()[0] for line in (time, health, top1, averaged, speed, done)] == [
+        *("time", "health", "top-1", "averaged", "speed", "done")
+    ]
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ", line) for line in stamped)
+    assert sum("  took 0:" in line for line in stamped) == 3, "a line an epoch"
+    assert set(second.output) <= {"\n", *map(chr, range(32, 127))}
+
+    text = (tmp_path / "run" / "report.html").read_text()
+    assert "started again at step 6 (attempt 2)" in text and f"{found['best_top1']:.2f}%" in text and ">done<" in text

@@ -28,6 +28,7 @@ from trainer.report.console import duration
 from trainer.report.health import COMMUNICATION
 
 LOADER, STEP, REDUCE = 7.0, 8.0, 3.0  # seconds of timing: under 20 with what lies between
+PATIENCE = 120.0  # seconds for two processes to start and answer: they import torch, perhaps from a slow disk
 CPU_BATCH = 8  # images of a timed step on a CPU, where a whole batch may take minutes
 
 
@@ -64,10 +65,10 @@ def _data_and_speed(config: Config, here: World, found: Findings) -> None:
     machine.look_at_disk(config, parameters, found)
     loader = _loader_rate(config, data, plan, here)
     if loader is not None:
-        found.rows.append(("loader", f"{loader:,.0f} images/s alone, of all ranks"))
+        found.rows.append(("loader", f"{_rate(loader)} alone, of all ranks"))
     step, waiting = _step_rate(learned, config, data, few, here)
     of = "" if few is plan else f" (in batches of {few.batch})"
-    found.rows.append(("step", f"{step:,.0f} images/s alone, of all ranks{of}"))
+    found.rows.append(("step", f"{_rate(step)} alone, of all ranks{of}"))
     _reduction(config, parameters, waiting, here, found)
     _predict(config, data, plan, here, found, (loader, step, waiting))
 
@@ -119,8 +120,10 @@ def _reduction(config: Config, parameters: int, waiting: float, here: World, fou
         )
         return
     seconds = _two_processes(parameters)
-    words = "two gloo processes here" if seconds else "no second process could be started"
-    found.rows.append(("all-reduce", f"{size} in {1000 * seconds:.1f} ms between {words}" if seconds else words))
+    words = f"two processes did not answer within {PATIENCE:.0f} s"
+    if seconds is not None:
+        words = f"{size} in {1000 * seconds:.1f} ms between two gloo processes here"
+    found.rows.append(("all-reduce", words))
 
 
 def _all_reduce(parameters: int, device: torch.device, budget: float) -> float:
@@ -149,7 +152,7 @@ def _two_processes(parameters: int) -> float | None:
         ranks = [context.Process(target=_one_of_two, args=(rank, folder, parameters), daemon=True) for rank in (0, 1)]
         for process in ranks:
             process.start()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         for process in ranks:
             process.join(max(0.0, deadline - time.monotonic()))
             if process.is_alive():
@@ -187,9 +190,13 @@ def _predict(
     seconds = len(data.val) / evaluating if data.val is not None else 0.0
     every = config.loop.eval_every
     times = math.ceil(plan.epochs / every) if every and data.val is not None else 0
-    found.rows.append(("an epoch", f"{duration(training)} at {rate:,.0f} images/s, an evaluation {duration(seconds)}"))
+    found.rows.append(("an epoch", f"{duration(training)} at {_rate(rate)}, an evaluation {duration(seconds)}"))
     found.rows.append(("the run", f"{duration(plan.epochs * training + times * seconds)} predicted"))
     found.rows.append(("bound", _bound(config, here, loader, step, waiting)))
+
+
+def _rate(images: float) -> str:
+    return f"{images:,.0f} images/s" if images >= 10 else f"{images:.2g} images/s"
 
 
 def _bound(config: Config, here: World, loader: float | None, step: float, waiting: float) -> str:
