@@ -18,13 +18,14 @@ COLUMNS = [
     {"distributed"},
     {"data", "models", "watchdog", "lars"},
     {"optim", "schedule", "losses", "mix", "ema", "metrics", "confusion", "precision", "snapshot", "nonfinite", "sam"},
-    {"labels", "calibration", "picture_grid"},
-    {"divergence", "teacher", "precise"},
+    {"labels", "calibration", "picture_grid", "exposed"},
+    {"divergence", "teacher", "precise", "balance"},
     {"loop", "evaluate"},
-    {"checkpoint", "report", "state", "learner", "tally"},
+    {"checkpoint", "report", "state", "learner", "tally", "machine"},
     {"retention", "intake", "accuracy", "answers", "target"},
     {"resume", "saver", "card"},
     {"train", "evaluation", "benchmark", "study", "predict", "export"},
+    {"readiness"},
     {"__main__"},
 ]
 SOURCES = sorted((REPOSITORY / "trainer").rglob("*.py"))
@@ -104,7 +105,17 @@ def test_the_loop_never_waits_for_the_device() -> None:
 
 def test_main_rank_is_named_only_where_it_matters() -> None:
     users = {module_of(p) for p in SOURCES if "is_main" in p.read_text()}
-    assert users <= {"distributed", "checkpoint", "report", "state", "intake", "train", "evaluation", "benchmark"}
+    assert users <= {
+        "distributed",
+        "checkpoint",
+        "report",
+        "state",
+        "intake",
+        "train",
+        "evaluation",
+        "benchmark",
+        "readiness",
+    }
 
 
 def test_modules_are_short() -> None:

@@ -11,7 +11,9 @@ from test_faults import SMALL
 
 from trainer import checkpoint
 
-TIMINGS = ("wall_seconds", "seconds", "images_per_second", "data_wait_fraction")
+TIMINGS = ("wall_seconds", "seconds", "images_per_second", "data_wait_fraction", "step_seconds")
+TIMINGS += ("images_per_second_per_gpu", "allreduce_fraction", "rank_wait_fraction")
+TIMINGS += ("slowest_rank", "slowest_rank_excess", "slowest_rank_by")
 # Two forward batches a step, each draw there is, BatchNorm and dropout: whatever could depend on more than the step.
 EVERYTHING = ["max_batch_per_gpu=4", "model.drop_path_rate=0.2", "mix.mixup=0.2", "mix.cutmix=1.0", "augment.erase=0.3"]
 EVERYTHING += ["augment.policy=randaugment", "loss.label_smoothing=0.1", "optim.clip_norm=1.0"]

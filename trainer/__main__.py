@@ -39,6 +39,9 @@ def _train(options: argparse.Namespace) -> int:
         from trainer import configfile
 
         config = configfile.load(options.config, options.overrides)
+        from trainer.report import tensorboard
+
+        tensorboard.demand(config.report)
         from trainer.train import train
 
         return train(config, sys.argv, signals)
@@ -90,7 +93,25 @@ def _prepare_demo(options: argparse.Namespace) -> int:
     return 0
 
 
+def _report(options: argparse.Namespace) -> int:
+    from trainer.report.comparison import write_report
+
+    print(f"{write_report(options.runs, options.output)} is written")
+    return 0
+
+
 def _inspect(options: argparse.Namespace) -> int:
+    if options.dataset.endswith((".yaml", ".yml")):
+        if options.decode or options.workers or options.report:
+            raise ConfigError("inspect CONFIG takes no --decode, --workers or --report: they go with a DATASET")
+        from trainer import configfile
+
+        config = configfile.load(options.dataset, options.overrides)
+        from trainer.readiness import inspect_run
+
+        return inspect_run(config)
+    if options.overrides:
+        raise ConfigError(f"inspect DATASET takes no {options.overrides[0]}: KEY=VALUE goes with a CONFIG")
     from trainer.data.inspection import inspect_data
     from trainer.data.prepare.pace import pace
 
@@ -160,13 +181,27 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--skip-bad", action="store_true", help="leave out and list images that cannot be decoded")
     prepare.set_defaults(command=_prepare)
 
-    inspect = commands.add_parser("inspect", help="is every file of a data set sound")
-    inspect.add_argument("dataset", metavar="DATASET", help="a folder with train/ and val/, or the shards of prepare")
+    report = commands.add_parser("report", help="one HTML page of a run, or of several to compare them")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="the output_dir of a run, finished or under way")
+    where = "where to write the page (default: RUN/report.html, of several runs report.html here)"
+    report.add_argument("--output", metavar="FILE", help=where)
+    report.set_defaults(command=_report)
+
+    inspect = commands.add_parser("inspect", help="is a data set sound; is this machine ready for a run, and how fast")
+    what = "a folder with train/ and val/, the shards of prepare, or a YAML file for the whole of a run"
+    inspect.add_argument("dataset", metavar="DATASET|CONFIG", help=what)
+    inspect.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="with a CONFIG, as train takes them")
     inspect.add_argument("--decode", action="store_true", help="decode every pixel, not only the headers")
     inspect.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
     inspect.add_argument("--report", metavar="FILE", help="where to write the report (default: DATASET/report.json)")
     inspect.set_defaults(command=_inspect)
 
+    _add_experiments(commands)
+    return parser
+
+
+def _add_experiments(commands: argparse._SubParsersAction) -> None:
+    """The commands that measure or compare."""
     benchmark = commands.add_parser("benchmark", help="how fast one part of the run that CONFIG describes is")
     what = "loader: the input alone; end-to-end: training on real data against synthetic"
     benchmark.add_argument("what", choices=("loader", "end-to-end"), help=what)
@@ -188,7 +223,6 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--list", action="store_true", help="the runs, where they stand, their commands; train nothing")
     study.add_argument("--draw", action="store_true", help="table and figure of what there is; train nothing")
     study.set_defaults(command=_study)
-    return parser
 
 
 _TARGET = "a run folder (its newest checkpoint), a checkpoint folder, an exported .safetensors file, a CONFIG with "

@@ -38,7 +38,7 @@ def loader(config: Config, images: int) -> int:
         found: dict[str, list[_Cost]] = {name: [] for name in sources}
         for _ in range(BLOCKS):
             for name, batches in sources.items():
-                found[name].append(_cost(batches, count, _ahead(config)))
+                found[name].append(_cost(batches, count, ahead(config)))
         clock = "wall" if here.device.type == "cuda" and config.data.decoder != "cpu" else "cpu"
         cpu, wall = _median(found["ours"], "cpu"), _median(found["ours"], "wall")
         share = _median(found["decoding"], clock) / _median(found["ours"], clock) if "decoding" in found else None
@@ -91,7 +91,7 @@ def end_to_end(config: Config, steps: int) -> int:
             "real": TrainingBatches(config, data, plan, here, 0),
         }
         # The first steps of a block are not counted: the queue that the other block let fill, or left to be filled.
-        block = _Block(learned, _ahead(config), steps)
+        block = _Block(learned, ahead(config), steps)
         rates: dict[str, list[float]] = {name: [] for name in sources}
         for _ in range(BLOCKS):
             for name, batches in sources.items():
@@ -133,7 +133,7 @@ COMMANDS: dict[str, tuple[Callable[[Config, int], int], int]] = {  # with how ma
 }
 
 
-def _ahead(config: Config) -> int:
+def ahead(config: Config) -> int:
     """Batches that may be under way: both of the loader's queues, and what is being resized between them."""
     return 2 * config.data.prefetch + 3
 

@@ -106,6 +106,7 @@ class Report:
     log_every: int = 50  # steps
     mistakes: int = 16  # the most confident wrong answers kept of an evaluation, with their pictures; 0: none
     gradient_norms: bool = False  # every parameter's at each record, in gradients.jsonl
+    tensorboard: bool = False  # write RUN/tensorboard as well; needs the package tensorboard
     wandb: str = "auto"  # auto (online with a key, offline without) | online | offline | disabled
     # Of the W&B run:
     project: str = "imagenet-trainer"

@@ -35,6 +35,7 @@ class Average:
     def __init__(self, model: nn.Module, options: Ema, plan: Plan) -> None:
         self._source, self._options, self._plan = build.unwrap(model), options, plan
         self.model = copy.deepcopy(self._source).requires_grad_(False)
+        self.decay: float | None = None  # of the last update of this process
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -42,6 +43,7 @@ class Average:
         decay = decay_at(step, self._options, self._plan)
         if decay is None:
             return
+        self.decay = decay
         averages, counters = [], []
         for mine, now in zip(_tensors(self.model), _tensors(self._source)):
             (averages if mine.is_floating_point() else counters).append((mine, now))

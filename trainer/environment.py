@@ -58,6 +58,10 @@ def wandb_mode(wanted: str) -> str:
     return "offline" if wanted == "online" and not has_wandb_key() else wanted
 
 
+def host() -> str:
+    return socket.gethostname()
+
+
 def has_wandb_key() -> bool:
     """Whether W&B could log in without asking: a key in the environment or in netrc, where it looks itself."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):

@@ -14,6 +14,7 @@ from torch import nn
 
 from trainer.data.loader import Batch
 from trainer.ema import Average
+from trainer.exposed import Backward, Wait
 from trainer.metrics import gradient_norms, sums
 from trainer.nonfinite import Skipping
 from trainer.optim import Clip, set_lr
@@ -59,6 +60,7 @@ class StepRecord:
     totals: torch.Tensor
     bad: torch.Tensor  # bool (2,): this rank's loss, the gradient's norm is not finite
     data_seconds: float  # the host's wait for batches
+    waits: list[Wait]  # for gradients to be reduced
     norms: torch.Tensor | None  # float64 (parameters,): of each gradient, before clipping; None: not wanted
 
 
@@ -89,7 +91,7 @@ def train_steps(
         statistics = learner.skipping.snapshot() if learner.skipping else None
         totals = torch.zeros(7, dtype=torch.float64, device=learner.device)
         waited, seen = 0.0, []
-        backward = partial(enter, "backward", step)
+        backward = Backward(learner.device, partial(enter, "backward", step))
         for micro in range(learner.accumulation):
             enter("data", step)
             start = time.perf_counter()
@@ -115,12 +117,13 @@ def train_steps(
             totals[6] = bad[1]
         if learner.average is not None:  # after a skipped step of the weights and statistics that it left
             learner.average.update(step)
-        yield StepRecord(step, lr, totals, bad, waited, norms)
+        yield StepRecord(step, lr, totals, bad, waited, backward.waits, norms)
 
 
-def _accumulate(learner: Learner, batch: _Mixed, backward: Callable[[], object], *, last: bool) -> torch.Tensor:
+def _accumulate(learner: Learner, batch: _Mixed, backward: Backward, *, last: bool) -> torch.Tensor:
     """One forward and backward pass; only the last of a step reduces gradients over the ranks."""
-    local = nullcontext() if last or not hasattr(learner.model, "no_sync") else learner.model.no_sync()
+    distributed = hasattr(learner.model, "no_sync")
+    local = learner.model.no_sync() if distributed and not last else nullcontext()
     with local:
         with autocast(learner.dtype, learner.device):
             logits = learner.model(batch.images)
@@ -129,12 +132,11 @@ def _accumulate(learner: Learner, batch: _Mixed, backward: Callable[[], object],
             loss = learner.criterion(logits, batch.targets)
             if learner.teacher is not None:
                 loss = learner.teacher.blended(loss, logits, batch.images)
-        backward()
-        learner.scaler.scale(loss / learner.accumulation).backward()
+        backward(learner.scaler.scale(loss / learner.accumulation), reduces=distributed and last)
     return sums(loss, logits, batch.labels)
 
 
-def _gradient_uphill(learner: Learner, step: int, batches: list[_Mixed], backward: Callable[[], object]) -> None:
+def _gradient_uphill(learner: Learner, step: int, batches: list[_Mixed], backward: Backward) -> None:
     """Take the gradients of `batches` anew, uphill of the weights, with the same dropout."""
     torch.manual_seed(learner.seed + step)
     with uphill(learner.model, learner.uphill(step)):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from trainer import checkpoint
-from trainer.config import RunError
+from trainer.config import Checkpoint, RunError
 from trainer.retention import Retention
 from trainer.signals import held
 from trainer.snapshot import Snapshot
@@ -28,6 +28,12 @@ class SaveError(RunError):
     """The last state of the run could not be saved."""
 
     everywhere = False
+
+
+def save_due(options: Checkpoint, step: int, minutes: float) -> bool:
+    """Whether to save after `step` steps and `minutes` since the last save."""
+    by_steps = options.every_steps is not None and step % options.every_steps == 0
+    return by_steps or (options.every_minutes is not None and minutes >= options.every_minutes)
 
 
 @dataclass(frozen=True)

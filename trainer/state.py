@@ -34,6 +34,12 @@ class Progress:
     target_seconds: float | None = None  # wall_seconds when loop.stop_at was met
     wall_seconds: float = 0.0  # over all restarts
 
+    def evaluated(self, top1: float, ema_top1: float | None) -> None:
+        """Take down an evaluation of the weights and, where there is one, of their average."""
+        self.last_top1, self.best_top1 = top1, max(top1, self.best_top1 or 0.0)
+        if ema_top1 is not None:
+            self.last_ema_top1, self.best_ema_top1 = ema_top1, max(ema_top1, self.best_ema_top1 or 0.0)
+
 
 class RunState:
     """The network, its optimiser and scaler, the progress, and what each rank has of its own.

@@ -19,7 +19,7 @@ from trainer.plan import Plan
 from trainer.report.folder import RunFolder
 from trainer.report.opening import introduce, open_report
 from trainer.report.reporter import Silent
-from trainer.saver import NoSaver, Saver
+from trainer.saver import NoSaver, Saver, save_due
 from trainer.signals import Stopped, StopSignals
 from trainer.state import RunState
 from trainer.tally import Due, Tally
@@ -90,7 +90,7 @@ class _Run:
                 config.checkpoint.keep,
                 self.folder.demand_held,
                 lambda text: self.reporter.say(text),
-                lambda step: self.reporter.saved(step),
+                lambda step: self.reporter.kept(step),
             )
         self.saver.guard(self.learner.optimizer)
         self.evaluation: EvaluationBatches | None = None
@@ -116,9 +116,8 @@ class _Run:
                 print(f"{self.folder.path} is finished ({self.progress.step} steps): nothing is left to do")
             return DONE
         self.progress.target_seconds = None  # what an earlier and lower target took
-        if self.here.is_main:
-            where = self.progress.step, self.progress.wall_seconds
-            self.reporter = open_report(self.config, self.plan, self.here, self.folder, command, self.data.val, where)
+        reached = self.progress.step, self.progress.wall_seconds
+        self.reporter = open_report(self.config, self.plan, self.here, self.data, self.folder, command, reached)
         facts = {"classes": len(self.data.classes), "after": self.progress.step}
         introduce(self.reporter, self.config, self.plan, self.here, self.learner, **facts)
         try:
@@ -160,6 +159,7 @@ class _Run:
             if not stopped_by:
                 intake.account(self.here, self.reporter, batches, self.evaluation)
                 self.progress.closed = end
+                self.reporter.epoch(end)
             self._save(top1)
             if stopped_by:
                 return stopped_by
@@ -198,7 +198,7 @@ class _Run:
         due, self.due = self.due, None
         found = self.tally.read(due)
         if found.averages:
-            self.reporter.train(due.step, found.averages, due.lr, found.grad_norm)
+            self.reporter.train(due.step, found.averages, due.lr, found.grad_norm, found.figures)
         if found.norms:
             self.reporter.gradients(due.step, found.norms)
         if found.skipped:
@@ -246,35 +246,26 @@ class _Run:
             average, stopped_by = self.accuracy.of(self.state.average, coming)
         if found is None or stopped_by:
             return None, stopped_by
-        progress.last_top1 = found.top1
-        progress.best_top1 = max(found.top1, progress.best_top1 or 0.0)
-        if average:
-            progress.last_ema_top1 = average.top1
-            progress.best_ema_top1 = max(average.top1, progress.best_ema_top1 or 0.0)
-        findings = confusion.total()
-        self.reporter.evaluation(progress.step, found, time.monotonic() - began, average, findings)
+        progress.evaluated(found.top1, average.top1 if average else None)
+        self.reporter.evaluation(progress.step, found, time.monotonic() - began, average, confusion.total())
         if self._complete() and progress.target_seconds is None:
             progress.target_seconds = self.reporter.wall_seconds
-        self.reporter.pause()
         return max(found.top1, average.top1 if average else 0.0), 0
 
     def _save_due(self) -> bool:
         """Whether this rank finds that a save is due; the clock is the main rank's alone."""
-        options = self.config.checkpoint
-        by_steps = options.every_steps is not None and self.progress.step % options.every_steps == 0
-        minutes = (time.monotonic() - self.saved_at) / 60
-        return by_steps or (
-            self.here.is_main and options.every_minutes is not None and minutes >= options.every_minutes
-        )
+        minutes = (time.monotonic() - self.saved_at) / 60 if self.here.is_main else 0.0
+        return save_due(self.config.checkpoint, self.progress.step, minutes)
 
     def _save(self, top1: float | None = None) -> None:
         """Begin a save on the main rank; a full disk is warned of and the run goes on."""
         self.watch.enter("save")
+        self.saved_at = time.monotonic()
         self._tell()
         self.check.settle()
         self.tally.check(self.progress.step)
         ranks = self.state.gather()
-        self.saved_at = time.monotonic()
+        self.tally.pause()
         self.reporter.pause()
         if not self.here.is_main:
             return
@@ -289,6 +280,7 @@ class _Run:
         closing = self.progress.closed == self.progress.step
         lasting = closing and every is not None and self.plan.epoch_of(self.progress.step) % every == 0
         self.saver.save(self.progress.step, state, checkpoint.Label(top1=top1, lasting=lasting), self.state.still())
+        self.reporter.saved(self.progress.step, time.monotonic() - self.saved_at)
 
     # Words.
 

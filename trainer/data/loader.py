@@ -92,7 +92,7 @@ class TrainingBatches:
         """
         self.salvage: Salvage | None = None  # None: synthetic
         if data.train is None:
-            self._batches = _synthetic(config, plan, world)
+            self._batches = _synthetic(config, plan, world, len(data.classes))
             return
         self.salvage = Salvage(config.data, data.train)
         feed = TrainingFeed(config, data.train, plan, self.salvage, world.rank, lambda n: data_step(first_step + n))
@@ -181,12 +181,12 @@ def _decoder_type(source: str) -> type:
     return Decoder
 
 
-def _synthetic(config: Config, plan: Plan, world: World) -> Iterator[Batch]:
+def _synthetic(config: Config, plan: Plan, world: World, classes: int) -> Iterator[Batch]:
     """The same random batch for ever, already on the device: what is left is the speed of the training step."""
     size = config.data.image_size
     generator = torch.Generator().manual_seed(config.seed + world.rank)
     images = torch.randn(plan.batch, 3, size, size, generator=generator, dtype=torch.float32)
     images = images.to(world.device, pixel_dtype(config, world.device), memory_format=torch.channels_last)
-    labels = torch.randint(config.data.synthetic_classes, (plan.batch,), generator=generator).to(world.device)
+    labels = torch.randint(classes, (plan.batch,), generator=generator).to(world.device)
     while True:
         yield images, labels

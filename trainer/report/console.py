@@ -1,4 +1,4 @@
-"""The console: one live line on a terminal, plain lines where the output is a file."""
+"""The console: one live line on a terminal; where the output is a file, plain lines with the time of day."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ class Console:
         if self._live:
             self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(text, file=self._stream, flush=True)
+            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+            print(*(f"{stamp}  {line}" for line in _printable(text)), sep="\n", file=self._stream, flush=True)
 
     def step(self, step: int) -> None:
         """`step` steps are done."""
@@ -65,32 +66,56 @@ class Console:
         figures = f"loss {record['loss']:.4f}  top-1 {record['top1']:.2f}%  lr {record['lr']:.4g}"
         if record["images_per_second"] is not None:
             figures += f"  {record['images_per_second']:,.0f} images/s  data {record['data_wait_fraction']:.0%}"
-        figures += f"  {self._left(record['step'])}"
+        figures += self._left(record["step"])
         if self._live:
             self._live.update(self._bar, figures=figures)
         else:
             self.say(f"{self._where(record['step'])}  {figures}")
 
-    def evaluation(self, record: dict[str, Any]) -> None:
-        ema = f"  averaged weights: top-1 {record['ema_top1']:.2f}%" if "ema_top1" in record else ""
-        self.say(
-            f"{self._where(record['step'])}  evaluated {record['count']:,} images in {record['seconds']:.1f} s: "
-            f"top-1 {record['top1']:.2f}%  top-5 {record['top5']:.2f}%  loss {record['loss']:.4f}{ema}"
-        )
+    def epoch(self, step: int, training: dict[str, Any], evaluation: dict[str, Any] | None) -> None:
+        """The line of an epoch; `training` holds what its records came to: loss, top1, images_per_second, seconds."""
+        words = [self._where(step), f"took {duration(training['seconds'])}"]
+        if training["loss"] is not None:
+            words.append(f"training loss {training['loss']:.4f}, top-1 {training['top1']:.2f}%")
+        if training["images_per_second"] is not None:
+            words.append(f"{training['images_per_second']:,.0f} images/s")
+        if evaluation is not None:
+            words.append(
+                f"evaluated {evaluation['count']:,} images in {evaluation['seconds']:.1f} s: top-1 "
+                f"{evaluation['top1']:.2f}%, top-5 {evaluation['top5']:.2f}%, loss {evaluation['loss']:.4f}"
+            )
+            if "ema_top1" in evaluation:
+                words.append(f"averaged weights: top-1 {evaluation['ema_top1']:.2f}%")
+        self.say("  ".join(words))
 
-    def close(self) -> None:
+    def close(self, rows: list[tuple[str, str]] | None = None) -> None:
+        """End the live line, and print `rows` of (what, figures) as a table."""
         if self._live:
             self._live.stop()
+        for what, figures in rows or []:
+            print(f"{what:<9} {' '.join(_printable(figures))}", file=self._stream, flush=True)
 
     def _where(self, step: int) -> str:
         plan = self._plan
         return f"epoch {step * plan.global_batch / plan.samples:.2f}/{plan.epochs:g}  step {step}/{plan.total_steps}"
 
     def _left(self, step: int) -> str:
-        """Time to the end at the pace since the start, evaluation and saving included."""
+        """Time to the ends of the epoch and of the run at the pace since the start, evaluation and saving included."""
         first, began = self._begun or (step, 0.0)
         if step <= first:
             return ""
-        left = int((self._clock() - began) / (step - first) * (self._plan.total_steps - step))
-        hours, minutes, seconds = left // 3600, left // 60 % 60, left % 60
-        return f"{hours}:{minutes:02}:{seconds:02} left"
+        pace = (self._clock() - began) / (step - first)
+        total = self._plan.total_steps
+        epoch = min(self._plan.epoch_end(max(step - 1, 0)), total)
+        return f"  left {duration(pace * (epoch - step))} of the epoch, {duration(pace * (total - step))} of the run"
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds: 1:02:03."""
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
+def _printable(text: str) -> list[str]:
+    """The lines of a text without control characters: a log is read with less and grep."""
+    return ["".join(c if c.isprintable() else "?" for c in line) for line in text.splitlines()] or [""]

@@ -19,12 +19,13 @@ from trainer.config import ConfigError
 from trainer.mistakes import warn
 from trainer.report.lease import FolderLostError, Holder, Lease
 
+METRICS = "metrics.jsonl"
 PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "wandb", "numpy", "omegaconf")
-LINES = ("metrics.jsonl", "gradients.jsonl")  # one object a line, each with its step
+LINES = (METRICS, "gradients.jsonl")  # one object a line, of a step that a resumed run may take again
 
 
 class RunFolder:
-    """`output_dir` of one run. Files are replaced whole, except those of LINES, which grow by whole lines.
+    """`output_dir` of one run. Files are replaced whole, except those of JSON lines, which grow by whole lines.
 
     Two processes of one kernel are kept apart by its lock, which ends with its holder, however that ends. Not every
     network file system passes locks on to other hosts, so there is a lease as well.
@@ -34,7 +35,7 @@ class RunFolder:
         self.path = Path(path)
         self.lease = Lease(self.path)
         self._lock: IO[str] | None = None
-        self._lines: dict[str, IO[bytes]] = {}
+        self._lines: dict[str, IO[bytes]] = {}  # by file name
         self._complained = False
 
     @property
@@ -80,6 +81,7 @@ class RunFolder:
         for file in (*self._lines.values(), self._lock):
             if file is not None:
                 file.close()
+        self._lines.clear()
         self.lease.release()
 
     def read(self, name: str) -> dict[str, Any] | None:
@@ -118,13 +120,21 @@ class RunFolder:
         except FolderLostError:
             pass  # the saver has said so, and the run has ended for it
 
-    def add_metrics(self, record: dict[str, Any], name: str = "metrics.jsonl") -> None:
-        """Append one line to a file of LINES, or none of it; what cannot be written is warned of, once a run."""
+    def add_metrics(self, record: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        self.add_line(METRICS, record)
+
+    def add_line(self, name: str, record: dict[str, Any]) -> None:
+        """Append one line to file `name`, or none of it; what cannot be written is warned of, once a run."""
         line = json.dumps(record).encode() + b"\n"
         try:
             if name not in self._lines:
                 # Unbuffered: a line that a full disk refused must not come back with the next one.
-                self._lines[name] = open(self.path / name, "ab", buffering=0)  # noqa: SIM115 (kept open)
+                file = open(self.path / name, "a+b", buffering=0)  # noqa: SIM115 (kept open)
+                self._lines[name] = file
+                end = file.seek(0, os.SEEK_END)
+                if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
+                    line = b"\n" + line  # a kill cut the last one short: it must not take this one along
             file = self._lines[name]
             end = os.fstat(file.fileno()).st_size
             try:

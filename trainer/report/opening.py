@@ -6,17 +6,21 @@ import secrets
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 
 from trainer import configfile, environment
 from trainer.config import Config
-from trainer.data.table import Index
+from trainer.data.loader import DataSet
 from trainer.distributed import World
 from trainer.loop import Learner
 from trainer.plan import Plan
+from trainer.report import events
 from trainer.report.examples import Examples
 from trainer.report.folder import RunFolder, provenance
-from trainer.report.reporter import Reporter, Silent
+from trainer.report.gauges import Gauges
+from trainer.report.reporter import Parts, Reporter, Silent
+from trainer.report.tensorboard import Board
 from trainer.report.wandb_run import WandbRun
 
 
@@ -24,33 +28,45 @@ def open_report(
     config: Config,
     plan: Plan,
     here: World,
+    data: DataSet,
     folder: RunFolder,
     command: list[str],
-    val: Index | None,
     reached: tuple[int, float],
-) -> Reporter:
-    """On the main rank: write down where the run comes from, and begin to report.
+) -> Silent:
+    """Write down where the run comes from, and begin to report, on the main rank. Every rank calls it.
 
     Args:
-        val: what is evaluated.
         reached: the step that the run goes on from, and the seconds it has taken so far.
     """
+    hosts = here.gather(environment.host())
+    if not here.is_main:
+        return Silent()
     step, wall_seconds = reached
+    # What the attempt before took after its last save is lost, not unspent.
+    wall_seconds = max([wall_seconds, *(event["wall_seconds"] for event in events.read(folder.path))])
     folder.rewind_metrics(step)
-    origin = write_origin(config, plan, here, folder, command)
+    origin = write_origin(config, plan, here, data, folder, command, hosts)
     attempt = environment.slurm_attempt()
     facts = configfile.to_dict(config) | {"run": origin, "slurm_job": attempt and attempt[0]}
-    wandb_run = WandbRun(config.report, folder.path, origin["wandb_id"], facts)
-    examples = Examples(folder.path / "examples.jpg", config.data)
-    return Reporter(plan, folder, wandb_run, wall_seconds, examples, val)
+    parts = Parts(
+        examples=Examples(folder.path / "examples.jpg", config.data),
+        val=data.val,
+        gauges=Gauges(config, plan, here, len(data.classes)),
+        board=Board(config.report, folder.path, step),
+    )
+    return Reporter(plan, folder, WandbRun(config.report, folder.path, origin["wandb_id"], facts), wall_seconds, parts)
 
 
-def write_origin(config: Config, plan: Plan, here: World, folder: RunFolder, command: list[str]) -> dict[str, Any]:
-    """Write run.json, where the run comes from, and return it."""
+def write_origin(
+    config: Config, plan: Plan, here: World, data: DataSet, folder: RunFolder, command: list[str], hosts: list[str]
+) -> dict[str, Any]:
+    """Write run.json, where the run comes from, and return it; `hosts` are the ranks'."""
     before = folder.read("run.json") or {}
     origin = {
         **provenance(command, environment.recorded()),
         "devices": f"{here.size} x {here.device_name}",
+        "hosts": hosts,
+        "loader": _loader(config, here, data),
         "seed": config.seed,
         "plan": asdict(plan),
         "wandb_id": before.get("wandb_id") or secrets.token_hex(4),
@@ -59,12 +75,26 @@ def write_origin(config: Config, plan: Plan, here: World, folder: RunFolder, com
     return origin
 
 
+def _loader(config: Config, here: World, data: DataSet) -> dict[str, Any] | None:
+    """What decoding costs and what there is for it on the main rank; None for synthetic images."""
+    if data.train is None:
+        return None
+    widths, heights = (np.asarray(sides, np.float64) for sides in (data.train.widths, data.train.heights))
+    return {
+        "threads": config.data.threads or min(here.cores, 8),  # as trainer/data/decoder.py chooses
+        "cores": here.cores,
+        "megapixels": round(float((widths * heights).mean()) / 1e6, 4),
+        "short_side": int(np.median(np.minimum(widths, heights))),
+    }
+
+
 def introduce(
     reporter: Silent, config: Config, plan: Plan, here: World, learner: Learner, *, classes: int, after: int
 ) -> None:
     """Say once what is trained, where, and the arithmetic; `after` steps are taken already."""
     parameters = sum(p.numel() for p in learner.model.parameters()) / 1e6
     dtype = str(learner.dtype or torch.float32).removeprefix("torch.")
+    reporter.begin(after)
     begun = f", going on after step {after}" if after else ""
     reporter.say(f"run       {config.output_dir}{begun}")
     reporter.say(f"model     {config.model.name}: {parameters:.2f} M parameters, {classes} classes")

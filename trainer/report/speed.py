@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-WARM_UP_STEPS = 5  # kernels are chosen and buffers filled; never counted
+from trainer.balance import WARM_UP_STEPS
 
 
 class Stopwatch:
