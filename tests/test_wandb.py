@@ -29,7 +29,7 @@ from trainer.report.wandb_session import kill_client
 SYNTHETIC = """
 data: {source: synthetic, synthetic_samples: 24, synthetic_classes: 2, image_size: 8}
 model: {name: resnet20}
-schedule: {epochs: 4, warmup_epochs: 0}
+schedule: {epochs: 2, warmup_epochs: 0}
 precision: {amp: fp32}
 global_batch_size: 4
 device: cpu
@@ -150,6 +150,7 @@ def test_rows_wait_for_the_save_that_covers_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.end_to_end
+@pytest.mark.timeout(3000)
 def test_killed_and_resumed_twice_each_step_stands_once(tmp_path: Path) -> None:
     """kill -9 in mid-epoch, after a save and some steps more; then a stop by a signal; then to the end."""
     run = tmp_path / "run"
@@ -162,12 +163,12 @@ def test_killed_and_resumed_twice_each_step_stands_once(tmp_path: Path) -> None:
         while process.poll() is None and max([0, *(r["step"] for r in rows.read(run / "metrics.jsonl"))]) < step:
             time.sleep(0.01)
         process.send_signal(number)
-        return process.wait(600)
+        return process.wait(1200)
 
-    assert until(10, signal.SIGKILL) == -signal.SIGKILL
-    assert until(15, signal.SIGUSR2) == 75
-    assert subprocess.run(command, cwd=REPOSITORY, timeout=600).returncode == 0
-    assert len(segments(run)) == 3 and len(metrics(run, "train")) == 24
+    assert until(6, signal.SIGKILL) == -signal.SIGKILL
+    assert until(9, signal.SIGUSR2) == 75
+    assert subprocess.run(command, cwd=REPOSITORY, timeout=1200).returncode == 0
+    assert len(segments(run)) == 3 and len(metrics(run, "train")) == 12
     assert_same(wandb_rows(run), run)
 
 

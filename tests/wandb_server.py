@@ -84,7 +84,7 @@ class WandbServer:
                 question = json.loads(body)
                 operation = re.search(r"(?:query|mutation)\s+(\w+)", question["query"])[1]
                 return 200, {"data": self._graphql(operation, question.get("variables") or {})}
-            else:
+            elif path != "/":
                 self.unknown.append(path)
         return 200, {}
 

@@ -143,7 +143,7 @@ def tear_down() -> None:
     """End W&B's process, if it has not ended: beside it, another start after a failure would fail too."""
     import wandb
 
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception, SystemExit):  # it exits with the status of a process that was killed
         wandb.teardown()
 
 
