@@ -41,10 +41,13 @@ def execute(runs: list[Run], ranks: int) -> list[str]:
                 continue
             words = command(run, ranks)
             print(f"{where}: {shlex.join(words)}", flush=True)
+            before = _written(run)
             status = signals.run(words)
             if signals.caught:
                 raise Stopped(signals.caught)
-            if status and _was_stopped(run, status):
+            # torchrun makes a 1 of the 75, but the run has said so.
+            said = (RunFolder(run.folder).read("summary.json") or {}).get("status") if _written(run) != before else None
+            if status == STOPPED or (status and said == "stopped"):
                 raise Stopped(signal.SIGTERM)
             if status:
                 failed.append(f"{run} (exit status {status}, {run.folder})")
@@ -52,9 +55,10 @@ def execute(runs: list[Run], ranks: int) -> list[str]:
     return failed
 
 
-def _was_stopped(run: Run, status: int) -> bool:
-    summary = RunFolder(run.folder).read("summary.json") or {}
-    return status == STOPPED or summary.get("status") == "stopped"  # torchrun makes a 1 of the 75
+def _written(run: Run) -> int | None:
+    """When its summary was written, in ns; None: never."""
+    path = run.folder / "summary.json"
+    return path.stat().st_mtime_ns if path.exists() else None
 
 
 class _PassingOn:
@@ -67,6 +71,7 @@ class _PassingOn:
     def __init__(self) -> None:
         self.caught = 0
         self._process: subprocess.Popen | None = None
+        self._passed = False  # on to the command; an interrupt twice would end it without a save
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> _PassingOn:
@@ -83,7 +88,7 @@ class _PassingOn:
         if self.caught:
             return STOPPED
         self._process = subprocess.Popen(words, preexec_fn=os.setpgrp)
-        if self.caught:  # while it was being started
+        if self.caught and not self._passed:  # it came while the command was being started
             self._pass_on(self.caught)
         try:
             return self._process.wait()
@@ -96,5 +101,6 @@ class _PassingOn:
 
     def _pass_on(self, number: int) -> None:
         if self._process is not None:
+            self._passed = True
             # torchrun hands on these two and dies of the others (docs/guarantees.md).
             self._process.send_signal(number if number == signal.SIGINT else signal.SIGTERM)

@@ -13,7 +13,7 @@ from trainer import configfile
 from trainer.config import Config, ConfigError
 from trainer.mistakes import one_of, pair
 
-OWN = ("seed", "output_dir")  # options of a run that the study sets
+OWN = ("seed", "output_dir", "report.name")  # options of a run that the study sets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ def _runs(study: Study, path: Path, words: list[str]) -> list[Run]:
     for word in words:
         key = word.partition("=")[0]
         if key in OWN:
-            raise ConfigError(f"{word}: the study gives every run its own; use seeds=[0,1]")
+            raise ConfigError(f"{word}: the study gives every run its own; use seeds=[0,1] and output_dir=")
         if key in varied:
             raise ConfigError(f"{word}: {key} is what axis {varied[key]} varies; leave it out, or use --only")
     crossed = [dict(zip(axes, choice)) for choice in itertools.product(*axes.values())]
@@ -130,7 +130,13 @@ def _run(study: Study, path: Path, words: list[str], name: str, points: dict[str
         chosen |= _points(axis, study.axes[axis])[point]
     recipe = path.parent / study.config
     folder = Path(study.output_dir) / name / f"seed{seed}"
-    all_words = [*map(_word, chosen.items()), *words, f"seed={seed}", f"output_dir={folder}"]
+    all_words = [
+        *map(_word, chosen.items()),
+        *words,
+        f"seed={seed}",
+        f"output_dir={folder}",
+        f"report.name={name}-seed{seed}",
+    ]
     try:
         return Run(name, points, seed, recipe, all_words, configfile.load(recipe, all_words))
     except ConfigError as error:
@@ -147,7 +153,7 @@ def _points(axis: str, points: Any) -> dict[str, dict[str, Any]]:
         if not isinstance(options, dict):
             raise ConfigError(f"axes.{axis}.{point} must be a mapping of options, {{model.name: resnet20}} or {{}}")
         if own := [key for key in options if key in OWN]:
-            raise ConfigError(f"axes.{axis}.{point}: {own[0]} is set by the study; use seeds or its output_dir")
+            raise ConfigError(f"axes.{axis}.{point}: {own[0]} is set by the study, from seeds and output_dir")
         found[str(point)] = options
     return found
 
