@@ -22,7 +22,7 @@ from trainer.config import ConfigError, Report
 from trainer.report import rows, wandb_run, wandb_session
 from trainer.report.folder import RunFolder
 from trainer.report.rows import Position
-from trainer.report.segments import history
+from trainer.report.segments import history, written
 from trainer.report.wandb_run import WandbRun
 from trainer.report.wandb_session import kill_client
 
@@ -260,6 +260,7 @@ def test_the_killed_client_process_is_started_anew(
         wait_for(lambda core=core: core not in children("wandb-core"))
     run.finish({"status": "done", "steps": 2})
     assert_same([row for segment in segments(tmp_path) for row in history(segment)], tmp_path)
+    assert written(tmp_path, "abcd1234") == Position(2)
     (warning,) = capsys.readouterr().err.splitlines()
     assert warning.startswith("warning: W&B's process is started anew (")
 
@@ -281,7 +282,8 @@ def test_what_keeps_failing_is_given_up_with_one_warning(
 def test_sync_follows_a_run_until_it_is_done(
     tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(wandb_session, "INIT_TIMEOUT", 2)
+    monkeypatch.setattr(wandb_session, "INIT_TIMEOUT", 5)
+    monkeypatch.setattr(wandb_session, "FINISH_TIMEOUT", 5)
     run = tmp_path / "run"
     run.mkdir()
     with pytest.raises(ConfigError, match=r"no run that has begun \(run.json\)"):
@@ -310,7 +312,6 @@ def test_sync_follows_a_run_until_it_is_done(
             wait_for(lambda: len(server.history("abcd1234")) == 4)
             server.fail = 500  # and ends meanwhile
             note(run, train(5))
-            monkeypatch.setattr(wandb_session, "FINISH_TIMEOUT", 2)
             (run / "summary.json").write_text('{"status": "done", "steps": 5, "best_top1": 77.0}')
         elif now == 3:
             server.fail = None
