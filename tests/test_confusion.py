@@ -77,18 +77,19 @@ def test_real_ranks_add_up() -> None:
     assert result.pairs == [(2, 1, 1)] and result.right.tolist() == [1, 0, 1]
 
 
-RUN = ["data.image_size=32", "global_batch_size=24", "schedule.epochs=2", "schedule.warmup_epochs=0"]
+RUN = ["data.image_size=32", "global_batch_size=24", "schedule.epochs=1", "schedule.warmup_epochs=0"]
 # No BatchNorm, whose statistics would be each rank's own.
 RUN += ["model.name=timm:test_convnext", "precision.amp=fp32", "optim.lr=1e-6"]
 RUN += ["report.wandb=disabled", "report.mistakes=30"]
 
 
 @pytest.mark.end_to_end
+@pytest.mark.timeout(1200)
 def test_two_ranks_write_down_what_one_does(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text("{}")
     for ranks in (1, 2):
         options = ["train", tmp_path / "empty.yaml", *RUN, f"data.root={tiny}", f"output_dir={tmp_path / str(ranks)}"]
-        done = here(*options) if ranks == 1 else torchrun(*options, ranks=2)
+        done = here(*options) if ranks == 1 else torchrun(*options, ranks=2, timeout=600)
         assert done.status == 0, done.errors
     one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("1", "2"))
     assert one["per_class"] == two["per_class"] and one["confusions"] == two["confusions"]

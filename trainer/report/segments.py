@@ -20,7 +20,8 @@ _FULL, _FIRST, _LAST = 1, 2, 4  # kinds of a record's parts; 3: in the middle
 def written(folder: Path, identity: str) -> Position:
     """How far the rows go that the processes before this one left below `folder`/wandb of the W&B run `identity`."""
     reached = Position()
-    for path in (folder / "wandb").glob(f"*run-*-{identity}/run-{identity}.wandb"):
+    # The client adds a number to the folder's name where two begin in the same second.
+    for path in (folder / "wandb").glob(f"*run-*-{identity}*/run-{identity}.wandb"):
         for row in history(path):
             reached = reached.after(Position.of(row))
     return reached

@@ -98,6 +98,7 @@ class WandbRun:
                         self._warn(f"no W&B from here on ({what}); {self._later}")
                         return
                     self._warn(f"W&B's process is started anew ({what})")
+        tear_down()  # finish() may return before the segment is whole on disk
 
     def _open(self) -> Session:
         """A session, offline where the server cannot be had."""
