@@ -51,15 +51,6 @@ def trained() -> RunState:
         scaler=torch.amp.GradScaler("cpu", enabled=False),
         lr_at=lambda step: 0.1,
         device=torch.device("cpu"),
-        dtype=None,
-        accumulation=1,
-        clip=None,
-        average=None,
-        teacher=None,
-        uphill=lambda step: 0.0,
-        mix=None,
-        skipping=None,
-        seed=0,
     )
     return RunState(learner, World(0, 0, 1, 1, torch.device("cpu")))
 

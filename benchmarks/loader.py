@@ -12,11 +12,8 @@ Prints a table; --out writes everything as JSON.
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
-import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -25,11 +22,11 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
+from about import about
 from nvidia.dali import Pipeline, fn, types
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
@@ -187,22 +184,6 @@ def _summary(found: dict[str, list[float]], originals: dict[str, list[float]]) -
     }
 
 
-def _about() -> dict:
-    git = ["git", "-C", str(REPOSITORY), "rev-parse", "--short", "HEAD"]
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        "",
-    )
-    names = ("torch", "torchvision", "nvidia-dali-cuda130", "pillow")
-    return {
-        "date": datetime.date.today().isoformat(),
-        "hardware": f"{cpu}, {os.cpu_count()} cores, no GPU used",
-        "load_average": os.getloadavg()[0],
-        "versions": {**{name: version(name) for name in names}, "python": platform.python_version()},
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("roots", nargs="+", help="folders of class folders of JPEG files, the originals first")
@@ -216,7 +197,7 @@ def main() -> None:
         program = _compiled(folder)
         found = {root: measure(root, program, options.blocks, options.images) for root in options.roots}
     originals = found[options.roots[0]]
-    result = _about() | {"folders": {root: _summary(each, originals) for root, each in found.items()}}
+    result = about() | {"folders": {root: _summary(each, originals) for root, each in found.items()}}
     for root, summary in result["folders"].items():
         print(f"{root}: ours {summary['ratio']}x {summary['best_other_from_originals']} from {options.roots[0]}")
         for name, value in summary["microseconds"].items():

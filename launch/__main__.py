@@ -70,8 +70,14 @@ def _status(options: argparse.Namespace) -> int:
 def _sweep(options: argparse.Namespace) -> int:
     from launch import submit, sweep
 
-    found = sweep.variants(options.over, options.list)
-    home, configs = sweep.configs(options.config, options.overrides, found)
+    if not options.over and not options.list and sweep.is_study(options.config):
+        home, configs = sweep.unfinished(options.config, options.overrides)
+        if not configs:
+            print(f"{home} is finished: nothing is left to do but python -m trainer study --draw")
+            return 0
+    else:
+        found = sweep.variants(options.over, options.list)
+        home, configs = sweep.configs(options.config, options.overrides, found)
     order = submit.Order(configs, _profile(options), options.nodes, home, options.limit)
     submit.check(order)
     if options.dry_run:
@@ -103,7 +109,7 @@ def _cancel(options: argparse.Namespace) -> int:
 def _sync(options: argparse.Namespace) -> int:
     from launch import sync
 
-    return sync.sync(Path(options.run))
+    return sync.sync(Path(options.run), options.every)
 
 
 def _profile(options: argparse.Namespace) -> profile.Profile:
@@ -134,8 +140,8 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("runs", nargs="+", metavar="RUN")
     status.set_defaults(command=_status)
 
-    sweep = commands.add_parser("sweep", help="several runs of one config as an array")
-    sweep.add_argument("config", metavar="CONFIG")
+    sweep = commands.add_parser("sweep", help="several runs of one config, or those of a study, as an array")
+    sweep.add_argument("config", metavar="CONFIG|STUDY", help="a study's unfinished runs need no --over and no --list")
     sweep.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of all runs")
     _cluster(sweep)
     sweep.add_argument("--over", nargs="+", default=[], metavar="KEY=V1,V2", help="every combination")
@@ -155,8 +161,9 @@ def _parser() -> argparse.ArgumentParser:
     cancel.add_argument("--wait", type=float, default=120, metavar="SECONDS", help="for the save, at most (120)")
     cancel.set_defaults(command=_cancel)
 
-    sync = commands.add_parser("sync", help="upload what W&B wrote offline")
+    sync = commands.add_parser("sync", help="upload to W&B what a run wrote offline, also while it trains")
     sync.add_argument("run", metavar="RUN")
+    sync.add_argument("--every", type=float, metavar="SECONDS", help="again and again, until the run is done")
     sync.set_defaults(command=_sync)
     return parser
 

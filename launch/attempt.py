@@ -12,12 +12,15 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 MISTAKE, STOPPED, EXHAUSTED = 2, 75, 70  # exit statuses; the first two are the trainer's
 DONE, REQUEUE, WAIT, STOP = "done", "requeue", "wait", "stop"  # verdicts
+UNSURE = "unsure"  # not yet one: `claimed` tells which of the others it is
+CLAIM_S, LOOK_S = 60, 5  # how long the queue may take to end a job whose ranks it has signalled, and between looks
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Ending:
 
 
 def decide(end: Ending) -> tuple[str, str]:
-    """(verdict, reason): done, requeue, wait (the job stays until it is killed) or stop."""
+    """(verdict, reason): done, requeue, wait (the job stays until it is killed), stop, or unsure."""
     if end.status == 0:
         return DONE, "finished"
     if end.cancelled:
@@ -49,13 +52,35 @@ def decide(end: Ending) -> tuple[str, str]:
     if end.status == STOPPED or end.signal:
         # A job that left by itself in the grace time of a preemption would not be requeued by SLURM.
         if end.signal in ("SIGTERM", "SIGINT") and not end.preempted:
-            return WAIT, f"stopped by {end.signal} after a save; it waits to be killed or requeued"
+            return UNSURE, f"stopped by {end.signal} after a save"
         return REQUEUE, f"stopped by {end.signal or 'a signal'} after a save"
     if end.failed_step is not None and end.failed_step == end.failed_before:
         return STOP, f"failed at step {end.failed_step} twice"
     if end.idle_restarts > end.max_restarts:
         return STOP, f"{end.max_restarts} restarts brought no new saved step (max_restarts={end.max_restarts})"
     return REQUEUE, f"failed with exit status {end.status}"
+
+
+def claimed(
+    facts: Callable[[], tuple[str, bool]], cancelled: Callable[[], bool], sleep: Callable[[float], None] = time.sleep
+) -> tuple[str, str]:
+    """(verdict, reason) on ranks that were stopped in a job that the queue says is running.
+
+    A scancel shows in the job's state at once or soon. Where nobody ends the job within a minute it was a stray signal,
+    such as a node's that was lost and comes back with orders of before, and the run must go on.
+
+    Args:
+        facts: the job's state and whether it is being preempted.
+        cancelled: whether `launch cancel` was called.
+    """
+    for _ in range(CLAIM_S // LOOK_S):
+        sleep(LOOK_S)
+        state, preempted = facts()
+        if preempted and state == "RUNNING":
+            return REQUEUE, "the job is being preempted"
+        if cancelled() or state != "RUNNING":
+            return WAIT, f"the job is being ended ({'launch cancel' if cancelled() else state})"
+    return REQUEUE, f"nobody has ended the job within {CLAIM_S} s"
 
 
 class Record:
@@ -146,6 +171,9 @@ def end(launch: Path, index: int, status: int) -> int:
         max_restarts=facts["max_restarts"],
     )
     verdict, reason = decide(ending)
+    if verdict == UNSURE:
+        verdict, more = claimed(lambda: job_facts(record.job), (record.folder / "cancel").exists)
+        reason = f"{reason}; {more}"
     step = record.saved_step()
     record.add(
         event="end", attempt=attempt, step=step, status=status, failed_step=failed, verdict=verdict, reason=reason

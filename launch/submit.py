@@ -20,6 +20,7 @@ from trainer import configfile
 from trainer.config import Config, ConfigError
 from trainer.plan import Plan
 from trainer.report.folder import RunFolder
+from trainer.study import records
 
 FOREVER = 1_000_000  # submitit's own count of restarts; ours goes by progress
 Sent = TypeVar("Sent")
@@ -72,12 +73,7 @@ def check(order: Order) -> None:
 
 def finished(order: Order) -> bool:
     """Whether the run has been trained to the end of what its config asks for."""
-    folder, config = RunFolder(order.home), order.configs[0]
-    summary, origin = folder.read("summary.json"), folder.read("run.json")
-    if not summary or not origin or summary["status"] != "done":
-        return False
-    total = Plan.of(config, 1, origin["plan"]["samples"]).total_steps
-    return summary["steps"] >= min(total, config.loop.max_steps or total)
+    return records.finished(order.configs[0])
 
 
 def freeze(order: Order) -> Path:

@@ -1,4 +1,4 @@
-"""Several runs of one config as one SLURM array: a grid of options, or a list of them."""
+"""Several runs as one SLURM array: of one config a grid of options or a list of them, or what a study wants."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from launch import submit
 from trainer.config import Config, ConfigError
+from trainer.study import grid, records
 
 MOST = 1000  # runs; SLURM's own MaxArraySize is 1001 by default
 
@@ -22,7 +23,7 @@ def variants(words: list[str], file: str | None) -> list[list[str]]:
         file: a YAML list, each entry a mapping of options: {optim.lr: 0.1, seed: 1}.
     """
     if bool(words) == bool(file):
-        raise ConfigError("a sweep needs --over KEY=V1,V2 ... or --list FILE, one of the two")
+        raise ConfigError("a sweep of a recipe needs --over KEY=V1,V2 ... or --list FILE, one of the two")
     found = _listed(file) if file else [list(choice) for choice in itertools.product(*map(_choices, words))]
     if not 1 < len(found) <= MOST:
         raise ConfigError(f"a sweep of {len(found)} runs: use 2 to {MOST}")
@@ -38,6 +39,23 @@ def configs(path: str, overrides: list[str], found: list[list[str]]) -> tuple[Pa
         for variant, folder in zip(found, names)
     ]
     return home, runs
+
+
+def is_study(path: str) -> bool:
+    """Whether the file is a study (trainer/study/grid.py) and no recipe."""
+    try:
+        return "axes" in OmegaConf.load(path)
+    except Exception:
+        return False  # whoever reads it as a recipe says what is wrong with it
+
+
+def unfinished(path: str, overrides: list[str]) -> tuple[Path, list[Config]]:
+    """The study's folder, and the config of each of its runs that is not trained to its end."""
+    study, runs = grid.load(path, overrides)
+    found = [submit.load(str(run.recipe), run.words) for run in runs if not records.finished(run.config)]
+    if len(found) > MOST:
+        raise ConfigError(f"a sweep of {len(found)} runs: use {MOST} or fewer")
+    return Path(study.output_dir).absolute(), found
 
 
 def name(index: int, variant: list[str]) -> str:

@@ -134,3 +134,11 @@ def imagenet_sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
         # Not every Python 3.11 has the argument yet; with it there, later ones warn if it is left out.
         tar.extractall(root, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     return root / "imagenet-sample"
+
+
+@pytest.fixture(scope="session")
+def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of ResNet-20 on `tiny`, 6 steps long, with averaged weights."""
+    from trained import train
+
+    return train(tmp_path_factory.mktemp("trained"), tiny)

@@ -13,8 +13,10 @@ from conftest import REPOSITORY
 
 from trainer import configfile
 from trainer.config import Config, ConfigError
+from trainer.study import grid
 
-RECIPES = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
+STUDIES = sorted((REPOSITORY / "configs" / "studies").glob("*.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -145,9 +147,9 @@ def test_every_option_is_read_somewhere() -> None:
     assert not unread, "an option that nothing reads is a promise that nobody keeps"
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", [*RECIPES, *STUDIES], ids=lambda p: p.name)
 def test_a_recipe_is_a_lab_note_that_loads(path: Path) -> None:
-    configfile.load(path)
+    configfile.load(path) if path in RECIPES else grid.load(path, [])
     head = path.read_text().split("\n\n")[0]
     assert all(line.startswith("#") for line in head.splitlines()), "a recipe begins with its lab note"
     for part in ("What:", "Source:", "Command:", "Hardware:", "Claimed:", "Measured:"):

@@ -17,13 +17,18 @@ from trainer.data.augment import evaluation_windows
 EXIF_ORIENTATION = 274
 
 
-def decode(mode: str, files: list[Path], flips: np.ndarray, starts: np.ndarray, shapes: np.ndarray) -> torch.Tensor:
-    """Grey levels 0 to 255, NCHW, of a 224 px graph."""
+GREY = {"mean": (0, 0, 0), "std": (1 / 255,) * 3}  # leaves grey levels 0 to 255
+
+
+def decode(
+    mode: str, files: list[Path], flips: np.ndarray, starts: np.ndarray, shapes: np.ndarray, **normalised: tuple
+) -> torch.Tensor:
+    """Grey levels 0 to 255, NCHW, of a 224 px graph; or what `normalised`, mean and std, makes of them."""
     paths = [np.frombuffer(str(file).encode(), np.uint8) for file in files]
     rest = () if mode == "padded" else (shapes.astype(np.float32) if mode == "center" else shapes.astype(np.int32),)
     sides = np.full((len(files), 2), 224, np.float32 if mode == "resized" else np.int32)
     fed = (paths, np.arange(len(files)), flips.astype(np.int32), starts.astype(np.int32), sides, *rest)
-    graph = dali.Graph(mode=mode, max_batch=len(files), threads=1, prefetch=1, mean=(0, 0, 0), std=(1 / 255,) * 3)
+    graph = dali.Graph(mode=mode, max_batch=len(files), threads=1, prefetch=1, **(normalised or GREY))
     feeds = iter([fed])
     images, labels = dali.run(dali.build(graph, lambda: next(feeds)))
     assert labels.tolist() == list(range(len(files)))
@@ -95,29 +100,39 @@ def test_kinds_of_file_that_are_not_plain_rgb_jpeg(tmp_path: Path) -> None:
     assert mean < 0.5
 
 
-def test_padding_is_black_outside_the_image(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["padded", "center"])
+def test_padding_is_black_outside_the_image(tmp_path: Path, mode: str) -> None:
     Image.fromarray(np.full((224, 224, 3), 200, np.uint8)).save(tmp_path / "a.png")
-    image = decode("padded", [tmp_path / "a.png"], np.zeros(1), np.array([[-4, 3]]), np.zeros((1, 2)))[0]
+    image = decode(mode, [tmp_path / "a.png"], np.zeros(1), np.array([[-4, 3]]), np.full((1, 2), 224))[0]
     assert (image[:, :4] == 0).all() and (image[:, :, -3:] == 0).all()
     assert (image[:, 4:, :-3] == 200).all()
 
 
-def test_an_output_outlives_the_next_batches(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["resized", "padded", "center"])
+def test_pixels_are_normalised(tmp_path: Path, mode: str) -> None:
+    random = np.random.default_rng(0)
+    for name in "ab":
+        Image.fromarray(random.integers(0, 256, (240, 260, 3), np.uint8)).save(tmp_path / f"{name}.png")
+    shapes = np.array([[230, 224], [224, 231]])
+    fed = (mode, sorted(tmp_path.iterdir()), np.array([0, 1]), np.zeros((2, 2), int), shapes)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    expected = (decode(*fed).double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(decode(*fed, mean=mean, std=std).double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["padded", "resized"])
+def test_an_output_outlives_the_next_batches(tmp_path: Path, mode: str) -> None:
     for value in range(8):
         Image.fromarray(np.full((8, 8, 3), value * 30, np.uint8)).save(tmp_path / f"{value}.png")
 
     def feed():
         for value in range(8):
             path = np.frombuffer(str(tmp_path / f"{value}.png").encode(), np.uint8)
-            yield (
-                [path],
-                np.array([value]),
-                np.zeros(1, np.int32),
-                np.zeros((1, 2), np.int32),
-                np.full((1, 2), 8, np.int32),
-            )
+            sides = np.full((1, 2), 8, np.int32)
+            rest = (sides.astype(np.float32), sides) if mode == "resized" else (sides,)
+            yield ([path], np.array([value]), np.zeros(1, np.int32), np.zeros((1, 2), np.int32), *rest)
 
-    graph = dali.Graph(mode="padded", max_batch=1, threads=1, prefetch=2, mean=(0,) * 3, std=(1 / 255,) * 3)
+    graph = dali.Graph(mode=mode, max_batch=1, threads=1, prefetch=2, **GREY)
     feeds = feed()
     pipeline = dali.build(graph, lambda: next(feeds))
     kept = [dali.run(pipeline) for _ in range(8)]

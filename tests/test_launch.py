@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, here
 
 from launch import affinity, attempt, logs, profile, script, snapshot, state, status, sweep
 from launch.__main__ import main
-from launch.attempt import DONE, REQUEUE, STOP, WAIT, Ending, Record, decide
+from launch.attempt import CLAIM_S, DONE, REQUEUE, STOP, UNSURE, WAIT, Ending, Record, claimed, decide
 from launch.profile import Profile
 from launch.record import Launch, Submitted
 from trainer.config import Config, ConfigError
@@ -97,7 +97,7 @@ def test_in_a_container_only_the_ranks_are(submitted: Submitted, runtime: str) -
         (Ending(75, signal="SIGUSR2"), REQUEUE),
         (Ending(75), REQUEUE),  # before the first step: no summary says which signal
         (Ending(75, signal="SIGUSR2", cancelled=True), WAIT),
-        (Ending(75, signal="SIGTERM"), WAIT),  # somebody's kill: saved, and not requeued
+        (Ending(75, signal="SIGTERM"), UNSURE),  # the queue's or a stray one
         (Ending(75, signal="SIGTERM", preempted=True), REQUEUE),
         (Ending(75, signal="SIGTERM", job_state="CANCELLED"), WAIT),  # requeued, it would rise from the dead
         (Ending(75, signal="SIGUSR2", job_state="PENDING"), WAIT),
@@ -113,6 +113,23 @@ def test_in_a_container_only_the_ranks_are(submitted: Submitted, runtime: str) -
 )
 def test_the_verdict_on_an_attempt(ending: Ending, verdict: str) -> None:
     assert decide(ending)[0] == verdict
+
+
+@pytest.mark.parametrize(
+    ("then", "cancelled", "verdict"),
+    [
+        (("RUNNING", False), False, REQUEUE),
+        (("RUNNING", True), False, REQUEUE),
+        (("CANCELLED", False), False, WAIT),  # requeued, it would rise from the dead
+        (("PENDING", False), False, WAIT),  # scontrol requeue
+        (("RUNNING", False), True, WAIT),
+    ],
+)
+def test_whose_a_signal_was_shows_within_a_minute(then: tuple[str, bool], cancelled: bool, verdict: str) -> None:
+    slept: list[float] = []
+    found, reason = claimed(lambda: then if len(slept) > 3 else ("RUNNING", False), lambda: cancelled, slept.append)
+    assert found == verdict and reason
+    assert sum(slept) == CLAIM_S or then != ("RUNNING", False) or cancelled
 
 
 def test_restarts_without_progress_are_bounded_and_progress_counts_anew(
@@ -268,15 +285,22 @@ def test_a_run_that_was_never_submitted_is_named(tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.end_to_end
-def test_locally_the_same_job_runs_to_its_end(tmp_path: Path) -> None:
+def test_locally_the_same_job_runs_to_its_end_from_the_nodes_own_disk(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert here("prepare", tiny, tmp_path / "shards", "--format", "shards", "--workers", 1).status == 0
     (tmp_path / "c.yaml").write_text(
-        "{global_batch_size: 8, data: {source: synthetic, image_size: 8, synthetic_samples: 16, synthetic_classes: 2},"
+        f"{{global_batch_size: 8, data: {{root: {tmp_path}/shards, image_size: 32, eval_size: 32}},"
         " model: {name: resnet20}, schedule: {epochs: 2, warmup_epochs: 0}, report: {log_every: 1, wandb: disabled}}"
     )
+    monkeypatch.setenv("NODE_DISK", str(tmp_path / "disk"))
+    (tmp_path / "disk").mkdir()
     command = [sys.executable, "-m", "launch", "submit", str(tmp_path / "c.yaml"), f"output_dir={tmp_path}/run"]
-    flags = ["--local", "--cluster", "slurm/test.yaml"]
+    flags = ["--local", "--cluster", "slurm/test.yaml", "--scratch", "$NODE_DISK/imagenet"]
     done = subprocess.run([*command, *flags], cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     log = next((tmp_path / "run").glob("launch/*/logs/0/attempt-0/rank-1.log")).read_text()
-    assert "rank 1 of 2" in log and json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 4
+    steps = json.loads((tmp_path / "run" / "run.json").read_text())["plan"]["total_steps"]
+    assert "rank 1 of 2" in log and json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == steps
     assert json.loads((tmp_path / "run" / "run.json").read_text())["commit"]
+    assert list((tmp_path / "disk" / "imagenet").rglob("train-*.tar"))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from test_metrics import ALONE
 
 from trainer import optim
-from trainer.config import Optim
+from trainer.config import Config, Ema, Optim
+from trainer.ema import Average
+from trainer.loop import Learner, train_steps
 from trainer.nonfinite import Rollback, Skipping, Trouble, data_step
+from trainer.plan import Plan
 
 
 def test_a_fused_optimiser_skips_by_the_flag_alone_even_in_its_first_step() -> None:
@@ -39,6 +43,38 @@ def test_statistics_of_a_bad_step_are_put_back() -> None:
     norm(torch.ones(3, 4))
     skipping.restore(before, torch.tensor(True))
     assert torch.equal(norm.running_mean, torch.full((4,), 0.1))
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.1], ids=["plain", "uphill"])
+def test_a_skipped_step_leaves_nothing_behind_it_in_the_average_either(rho: float) -> None:
+    def state_after(*images: torch.Tensor) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.Flatten())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        # 0 until its start: a copy of the network as the step left it.
+        average = Average(model, Ema(half_life=8, start_epoch=99), Plan.of(Config(global_batch_size=2), 1, 2))
+        learner = Learner(
+            model=model,
+            optimizer=optimizer,
+            criterion=torch.nn.CrossEntropyLoss(),
+            scaler=torch.amp.GradScaler("cpu", enabled=False),
+            lr_at=lambda step: 0.1,
+            device=torch.device("cpu"),
+            average=average,
+            uphill=lambda step: rho,
+            skipping=Skipping.of(model),
+        )
+        batches = ((batch, torch.tensor([0, 1])) for batch in images)
+        skipped = [int(record.totals[6]) for record in train_steps(learner, batches, range(len(images)))]
+        assert skipped == [int(not batch.isfinite().all()) for batch in images]
+        found = [*model.state_dict().items(), *average.model.state_dict().items()]
+        momenta = [entry["momentum_buffer"] for entry in optimizer.state.values()]
+        return [tensor.clone() for name, tensor in found if "num_batches" not in name] + momenta
+
+    good = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    bad = torch.full((2, 3, 4, 4), math.nan)
+    for mine, theirs in zip(state_after(good[0], bad, good[1]), state_after(good[0], good[1]), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_rows_of_bad_steps_and_the_first_of_them() -> None:

@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import threading
-import warnings
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +18,8 @@ from conftest import here, metrics, summary
 
 from trainer import configfile, environment
 from trainer.config import ConfigError, Report
-from trainer.metrics import Averages
 from trainer.plan import Plan
-from trainer.report import events, page, tensorboard, wandb_run
+from trainer.report import events, page, tensorboard
 from trainer.report.console import Console
 from trainer.report.drawing import Drawing
 from trainer.report.events import Events
@@ -29,7 +27,6 @@ from trainer.report.folder import RunFolder, provenance
 from trainer.report.reporter import Reporter, Silent
 from trainer.report.speed import WARM_UP_STEPS, Stopwatch
 from trainer.report.tensorboard import Board
-from trainer.report.wandb_run import WandbRun
 
 PLAN = Plan.of(configfile.load(None, ["global_batch_size=10", "schedule.epochs=6"]), 1, 100)
 
@@ -182,45 +179,6 @@ def test_every_reporter_has_every_method() -> None:
     assert public == {name for name in vars(Silent) if not name.startswith("_")}
 
 
-def wandb_inspect(folder: Path, *arguments: str) -> list[dict]:
-    command = [Path(sys.executable).parent / "wandb", "leet", "inspect", "--json", *arguments, folder]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    return [json.loads(output)] if "--summary" in arguments else [json.loads(line) for line in output.splitlines()]
-
-
-def test_an_offline_wandb_run_holds_what_was_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setattr(environment, "has_wandb_key", lambda: False)
-    for first in (1, 3):  # begun, and gone on with in another process
-        run = WandbRun(Report(name="tested"), tmp_path, "abcd1234", {"optim": {"lr": 0.5}})
-        folder = RunFolder(tmp_path)
-        reporter = Reporter(PLAN, folder, run, wall_seconds=0)
-        reporter.train(first, Averages(2.0 / first, 10, 50, 10), lr=0.1, grad_norm=1.0)
-        reporter.evaluation(first + 1, Averages(1.0, 60, 90, 30), seconds=1.5)
-        reporter.finish("stopped", best_top1=60.0, last_top1=60.0, steps=first + 1)
-        folder.release()
-    offline = sorted((tmp_path / "wandb").glob("offline-run-*-abcd1234"))
-    assert len(offline) == 2
-    (found,) = wandb_inspect(offline[0], "--summary")
-    assert found["config"]["optim"]["lr"] == 0.5 and found["summary"]["best_top1"] == 60
-    rows = [r["history"]["item"] for r in wandb_inspect(offline[1]) if r["type"] == "history"]
-    assert [row["trainer/step"] for row in rows] == [3, 4] and rows[0]["trainer/samples"] == 30
-    assert rows[0]["train/loss"] == pytest.approx(2 / 3) and rows[1]["eval/top1"] == 60
-
-
-def test_wandb_that_fails_warns_once_and_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*arguments: object) -> None:
-        raise ConnectionResetError("wandb-core is gone")
-
-    monkeypatch.setattr(WandbRun, "_begin", broken)
-    with pytest.warns(UserWarning, match=r"no W&B from here on, metrics\.jsonl has all: ConnectionResetError"):
-        run = WandbRun(Report(wandb="offline"), tmp_path, "x", {})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        run.log({"kind": "train", "step": 1, "epoch": 1, "samples": 1})
-        run.finish({}, 0)
-
-
 def test_a_wandb_key_is_found_where_its_client_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_BASE_URL", raising=False)
@@ -233,7 +191,6 @@ def test_a_wandb_key_is_found_where_its_client_looks(tmp_path: Path, monkeypatch
     assert not environment.has_wandb_key()
     monkeypatch.setenv("WANDB_API_KEY", "key")
     assert environment.has_wandb_key()
-    assert wandb_run.FINISH_TIMEOUT <= 60
 
 
 def test_tensorboard_is_refused_at_the_start_where_it_is_not_installed(

@@ -187,8 +187,8 @@ def test_a_node_that_dies_is_waited_for(
         cluster.script("start-node", lost)
     run.ended("COMPLETED")
     same(run, undisturbed)
-    # Two where the controller did not know yet that the node was gone and tried it once more.
-    assert 1 <= int(run.status()["restarts"]) <= 2
+    # More where the controller tries the lost node once more, or signals the new ranks on it as if they were the old.
+    assert 1 <= int(run.status()["restarts"]) <= 3
 
 
 def test_cancelled_it_has_saved_and_stays_away(

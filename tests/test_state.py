@@ -24,15 +24,6 @@ def trained(seed: int, width: int = 6, momentum: float = 0.9) -> RunState:
         scaler=torch.amp.GradScaler("cpu", enabled=False),
         lr_at=lambda step: 0.1,
         device=CPU,
-        dtype=None,
-        accumulation=1,
-        clip=None,
-        average=None,
-        teacher=None,
-        uphill=lambda step: 0.0,
-        mix=None,
-        skipping=None,
-        seed=0,
     )
     model(torch.randn(4, 3)).sum().backward()
     optimizer.step()

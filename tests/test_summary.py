@@ -8,6 +8,7 @@ import pytest
 from nets import on_meta, ours, same
 from torch import nn
 
+from trainer.models.stages import format_stages, stages
 from trainer.models.summary import count_macs, count_parameters, format_table, layer_table
 
 # The tables
@@ -51,9 +52,11 @@ def test_a_row_and_a_stage() -> None:
     assert rows["fc"].macs == 2048 * 10 and rows["fc"].parameters == 2049 * 10
     assert model.training and not model.layer1.training and not model.layer1[0].bn1.training
     assert same(model.state_dict(), before) and not any(module._forward_hooks for module in model.modules())
-    table = format_table(layer_table(on_meta("resnet50"), 224))
-    assert re.search(r"layer2 +512x28x28 +\[1x1, 128; 3x3, 128, /2; 1x1, 512\] x 4 +1,219,584 +1,027.6\n", table)
+    table = format_stages(stages(on_meta("resnet50"), 224))
+    blocks = r"\[1x1, 128; 3x3, 128, /2; 1x1, 512\] x 4"
+    row = rf"layer2 +512x28x28 +{blocks} +2 +projection, then identity +1,219,584 +1,027.6 +2,055.2 "
+    assert re.search(row, table)
     assert [line.split()[0] for line in table.splitlines()] == [
-        *("stage", table.splitlines()[1], "stem", "maxpool", "layer1", "layer2", "layer3", "layer4", "fc"),
+        *("stage", table.splitlines()[1], "stem", "maxpool", "layer1", "layer2", "layer3", "layer4", "head"),
         *(table.splitlines()[1], "total"),
     ]

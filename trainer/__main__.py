@@ -18,7 +18,7 @@ DEMO: dict[str, int] = {}  # what a test makes smaller than make_demo's defaults
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    options = _options(arguments)
     try:
         return options.command(options)
     except (ConfigError, RunError) as error:
@@ -48,9 +48,24 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from trainer.evaluation import evaluate_target
+    from trainer.evaluation import Wanted, evaluate_target
 
-    return evaluate_target(options.target, options.overrides)
+    keys = ("real", "numbered", "subset", "classes", "output", "table")
+    return evaluate_target(options.target, options.overrides, Wanted(**{key: getattr(options, key) for key in keys}))
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from trainer.predict import predict
+
+    how = "json" if options.json else "table"
+    return predict(options.target, options.images, top=options.top, ema=options.ema, how=how, grid=options.grid)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from trainer.export.command import export
+
+    keys = ("format", "ema", "fold_bn", "output")
+    return export(options.target, options.overrides, **{key: getattr(options, key) for key in keys})
 
 
 def _prepare(options: argparse.Namespace) -> int:
@@ -117,14 +132,29 @@ def _benchmark(options: argparse.Namespace) -> int:
 
 
 def _describe(options: argparse.Namespace) -> int:
-    from trainer import configfile
+    from trainer.models import describe
 
-    config = configfile.load(None, options.overrides)
-    from trainer.models import build, summary
-
-    model = build.create(config.model, config.model.num_classes or 1000)
-    print(summary.format_table(summary.layer_table(model, config.data.image_size)))
+    print(describe.describe(options.overrides, layers=options.layers))
     return 0
+
+
+def _study(options: argparse.Namespace) -> int:
+    from trainer.study import command
+
+    chosen = command.Choice(options.ranks, options.only, listing=options.list, drawing=options.draw)
+    return command.study(options.study, options.overrides, chosen)
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line. argparse takes no key=value and no image behind an option, so those come in here."""
+    parser = _parser()
+    options, late = parser.parse_known_args(arguments)
+    many = getattr(options, "images", getattr(options, "overrides", None))
+    if late and (many is None or any(text.startswith("-") for text in late)):
+        parser.error(f"unrecognized arguments: {' '.join(late)}")
+    if late:
+        many += late
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -136,10 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example optim.lr=0.2")
     train.set_defaults(command=_train)
 
-    evaluate = commands.add_parser("evaluate", help="accuracy of a run, a checkpoint or a config's weights")
-    evaluate.add_argument("target", metavar="RUN_OR_CHECKPOINT|CONFIG")
-    evaluate.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    evaluate.set_defaults(command=_evaluate)
+    _add_use(commands)
 
     prepare = commands.add_parser("prepare", help="any layout of ImageNet to a folder or to shards; the demo set")
     source = "a folder with the ILSVRC2012 archives, the Kaggle or Tiny-ImageNet layout, an ImageFolder, parquet; "
@@ -169,18 +196,74 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--report", metavar="FILE", help="where to write the report (default: DATASET/report.json)")
     inspect.set_defaults(command=_inspect)
 
+    _add_experiments(commands)
+    return parser
+
+
+def _add_experiments(commands: argparse._SubParsersAction) -> None:
+    """The commands that measure or compare."""
     benchmark = commands.add_parser("benchmark", help="how fast one part of the run that CONFIG describes is")
     what = "loader: the input alone; end-to-end: training on real data against synthetic"
     benchmark.add_argument("what", choices=("loader", "end-to-end"), help=what)
     benchmark.add_argument("config", metavar="CONFIG")
     benchmark.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    benchmark.add_argument("--count", type=int, metavar="N", help="images (loader: 2000) or steps a block (10)")
+    benchmark.add_argument("--count", type=int, metavar="N", help="images (loader: 400) or steps (10) a block")
     benchmark.set_defaults(command=_benchmark)
 
     describe = commands.add_parser("describe", help="the layers, parameters and multiply-adds of a network")
     describe.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example model.name=resnet101")
+    describe.add_argument("--layers", action="store_true", help="every layer instead of every stage")
     describe.set_defaults(command=_describe)
-    return parser
+
+    study = commands.add_parser("study", help="train a grid of configs; a table and a figure of it")
+    study.add_argument("study", metavar="STUDY", help="a YAML file, see configs/studies/")
+    study.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of every run, or of the study: seeds=[0,1]")
+    study.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these runs and no others")
+    study.add_argument("--ranks", type=int, default=1, metavar="N", help="processes of a run, by torchrun (1)")
+    study.add_argument("--list", action="store_true", help="the runs, where they stand, their commands; train nothing")
+    study.add_argument("--draw", action="store_true", help="table and figure of what there is; train nothing")
+    study.set_defaults(command=_study)
+
+
+_TARGET = "a run folder (its newest checkpoint), a checkpoint folder, an exported .safetensors file, a CONFIG with "
+_TARGET += "model.weights, timm:NAME[.TAG] or torchvision:NAME[.TAG] (its own weights, or model.weights=FILE)"
+
+
+def _add_use(commands: argparse._SubParsersAction) -> None:
+    """The commands that use a trained network."""
+    evaluate = commands.add_parser("evaluate", help="accuracy of trained weights, and where they are wrong")
+    evaluate.add_argument("target", metavar="TARGET", help=_TARGET)
+    overrides = "for example data.root=FOLDER data.image_size=288 loop.eval_flip=true"
+    evaluate.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=overrides)
+    evaluate.add_argument("--output", metavar="FILE", help="JSON of everything found: classes, confusions, calibration")
+    evaluate.add_argument("--table", action="store_true", help="print the classes and the confusions too")
+    evaluate.add_argument("--real", metavar="FILE", help="ImageNet-ReaL's real.json: its top-1 as well")
+    numbered = "folders are named by labels, 0 to 999, as in ImageNet-V2 (data.val=. if they lie in data.root itself)"
+    evaluate.add_argument("--numbered", action="store_true", help=numbered)
+    subset = "compare only the logits of the classes that the set has, as for ImageNet-A and -R"
+    evaluate.add_argument("--subset", action="store_true", help=subset)
+    classes = "class_index.json that names the network's classes, where the weights do not"
+    evaluate.add_argument("--classes", metavar="FILE", help=classes)
+    evaluate.set_defaults(command=_evaluate)
+
+    predict = commands.add_parser("predict", help="the most likely classes of images")
+    predict.add_argument("target", metavar="TARGET", help=_TARGET)
+    images = "files, folders or 'globs'; what holds = and is no file is KEY=VALUE"
+    predict.add_argument("images", nargs="+", metavar="IMAGE", help=images)
+    predict.add_argument("--top", type=int, default=5, metavar="K", help="classes an image (5)")
+    predict.add_argument("--ema", action="store_true", help="by the averaged weights of a checkpoint")
+    predict.add_argument("--json", action="store_true", help="JSON lines instead of a table")
+    predict.add_argument("--grid", metavar="FILE", help="also draw the images with their classes into FILE")
+    predict.set_defaults(command=_predict)
+
+    export = commands.add_parser("export", help="write weights in a format that others load, checked by loading it")
+    export.add_argument("target", metavar="TARGET", help=_TARGET)
+    export.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    export.add_argument("--format", default="safetensors", help="safetensors (default), torchscript, onnx or pt2")
+    export.add_argument("--ema", action="store_true", help="the averaged weights of a checkpoint")
+    export.add_argument("--fold-bn", action="store_true", help="fold BatchNorm into the convolutions before it")
+    export.add_argument("--output", metavar="FILE", help="default: RUN/export/..., or exports/... for what is no run")
+    export.set_defaults(command=_export)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The benchmark command: how fast one part of a run is, under its own config, on this machine.
 
-Each prints one JSON line on the main rank. Against other loaders and the limit of decoding: benchmarks/loader.py.
+Each prints one JSON line on the main rank. Against other loaders and bare libjpeg-turbo: benchmarks/loader.py.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 from trainer import learner, precision
 from trainer.config import Config, ConfigError
@@ -22,27 +23,53 @@ BLOCKS = 5  # of each kind, alternating
 
 
 def loader(config: Config, images: int) -> int:
-    """Load at least `images` as training would, beginning at step 0, and train nothing; 0."""
+    """Load at least `images` a block as training would, beginning at step 0, and train nothing; 0.
+
+    Blocks of decoding alone, of the same windows of the same images, stand between: the limit of the rest. The share is
+    one of CPU time where the CPU decodes, of wall time on a GPU.
+    """
     with world(config) as here:
         data = open_data(config, here)
         plan = Plan.of(config, here.size, data.samples)
-        batches = TrainingBatches(config, data, plan, here, 0)
         count = -(-images // plan.batch)
-        for _ in range(ahead(config)):  # as much is under way at the end of the clock as at its beginning
-            next(batches)
-        cpu, began = time.process_time(), time.perf_counter()
-        for _ in range(count):
-            next(batches)
-        cpu, wall = time.process_time() - cpu, time.perf_counter() - began
+        sources: dict[str, Iterator[object]] = {"ours": TrainingBatches(config, data, plan, here, 0)}
+        if config.data.source == "dali":
+            sources["decoding"] = TrainingBatches.decoded_alone(config, data, plan, here)
+        found: dict[str, list[_Cost]] = {name: [] for name in sources}
+        for _ in range(BLOCKS):
+            for name, batches in sources.items():
+                found[name].append(_cost(batches, count, ahead(config)))
+        clock = "wall" if here.device.type == "cuda" and config.data.decoder != "cpu" else "cpu"
+        cpu, wall = _median(found["ours"], "cpu"), _median(found["ours"], "wall")
+        share = _median(found["decoding"], clock) / _median(found["ours"], clock) if "decoding" in found else None
+        images = count * plan.batch
         _say(
             here,
-            images=count * plan.batch,
-            images_per_second=round(count * plan.batch / wall, 1),
-            images_per_cpu_second=round(count * plan.batch / cpu, 1),  # of this rank, over all its threads
+            images=images,
+            images_per_second=round(images / wall, 1),
+            images_per_cpu_second=round(images / cpu, 1),  # of this rank, over all its threads
+            share_of_decoding_limit=share and round(share, 3),
             cores_busy=round(cpu / wall, 2),
             batch=plan.batch,
         )
     return 0
+
+
+class _Cost(NamedTuple):
+    """Seconds of a block: of all cores together, and on the clock."""
+
+    cpu: float
+    wall: float
+
+
+def _cost(batches: Iterator[object], count: int, uncounted: int) -> _Cost:
+    """Of `count` batches, after some in which the queues fill: as much is under way at the end as at the beginning."""
+    for _ in range(uncounted):
+        next(batches)
+    cpu, began = time.process_time(), time.perf_counter()
+    for _ in range(count):
+        next(batches)
+    return _Cost(time.process_time() - cpu, time.perf_counter() - began)
 
 
 def end_to_end(config: Config, steps: int) -> int:
@@ -58,8 +85,9 @@ def end_to_end(config: Config, steps: int) -> int:
         data = open_data(config, here)
         plan = Plan.of(config, here.size, data.samples)
         learned = learner.create(config, plan, here, data)
+        labelled = replace(config, data=replace(config.data, synthetic_classes=len(data.classes)))
         sources = {
-            "synthetic": TrainingBatches(config, replace(data, train=None), plan, here, 0),
+            "synthetic": TrainingBatches(labelled, replace(data, train=None), plan, here, 0),
             "real": TrainingBatches(config, data, plan, here, 0),
         }
         # The first steps of a block are not counted: the queue that the other block let fill, or left to be filled.
@@ -76,6 +104,10 @@ def end_to_end(config: Config, steps: int) -> int:
             ratio_spread=[round(min(ratios), 3), round(max(ratios), 3)],
         )
     return 0
+
+
+def _median(costs: list[_Cost], clock: str) -> float:
+    return statistics.median(getattr(cost, clock) for cost in costs)
 
 
 class _Block:
@@ -96,7 +128,7 @@ class _Block:
 
 
 COMMANDS: dict[str, tuple[Callable[[Config, int], int], int]] = {  # with how many images or steps by default
-    "loader": (loader, 2000),
+    "loader": (loader, 400),
     "end-to-end": (end_to_end, 10),
 }
 

@@ -104,13 +104,24 @@ class Report:
     """What is written down, and how often."""
 
     log_every: int = 50  # steps
-    wandb: str = "auto"  # auto (online with a key, offline without) | online | offline | disabled
-    project: str = "imagenet-trainer"
-    name: str | None = None  # of the W&B run; None: the run folder's
+    mistakes: int = 16  # the most confident wrong answers kept of an evaluation, with their pictures; 0: none
+    gradient_norms: bool = False  # every parameter's at each record, in gradients.jsonl
     tensorboard: bool = False  # write RUN/tensorboard as well; needs the package tensorboard
+    wandb: str = "auto"  # auto (online with a key, offline without) | online | offline | disabled
+    # Of the W&B run:
+    project: str = "imagenet-trainer"
+    entity: str | None = None  # None: the key's own
+    name: str | None = None  # None: the run folder's
+    group: str | None = None
+    job_type: str | None = None
+    tags: list[str] = field(default_factory=list)
+    notes: str | None = None
+    artifact: str | None = None  # best: the best checkpoint is uploaded when the run is done
 
     def __post_init__(self) -> None:
         at_least("report.log_every", self.log_every, 1)
+        at_least("report.mistakes", self.mistakes, 0)
+        one_of("report.artifact", self.artifact, (None, "best"))
         one_of("report.wandb", self.wandb, ("auto", "online", "offline", "disabled"))
 
 

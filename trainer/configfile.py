@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config import Config, ConfigError
 
-FREE_FORM = ("loop.stop_at",)  # holds keys of its own, which the section checks
+FREE_FORM = ("loop.stop_at.", "published.error.")  # what follows is the user's, and the section checks it
 Schema = TypeVar("Schema")
 
 
@@ -97,7 +97,7 @@ def _refuse_unknown(layer: DictConfig, source: str, schema: type) -> None:
     for key in _keys(layer):
         if key in sections and not isinstance(layer[key], DictConfig):
             raise ConfigError(f"{source}: {key} is a section, not a value; write {key}.NAME=VALUE")
-        if key in known or key.split(".")[0] in free or key.rpartition(".")[0] in FREE_FORM:
+        if key in known or key.split(".")[0] in free or key.startswith(FREE_FORM):
             continue
         # A typo may sit in the section as well as in the name, so both the whole key and its last part are compared.
         last = {k: k.rsplit(".", 1)[-1] for k in known}

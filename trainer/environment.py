@@ -47,13 +47,24 @@ def place() -> Place:
     return Place(0, 0, 1, 1)
 
 
+def wandb_mode(wanted: str) -> str:
+    """online | offline | disabled: what `report.wandb` comes to here, so that W&B never has to ask for a key.
+
+    auto: what WANDB_MODE says, which a cluster's profile may set, else online with a key.
+    """
+    if wanted == "auto":
+        said = os.environ.get("WANDB_MODE", "").lower()
+        wanted = {"offline": "offline", "dryrun": "offline", "disabled": "disabled"}.get(said, "online")
+    return "offline" if wanted == "online" and not has_wandb_key() else wanted
+
+
 def host() -> str:
     return socket.gethostname()
 
 
 def has_wandb_key() -> bool:
     """Whether W&B could log in without asking: a key in the environment or in netrc, where it looks itself."""
-    if os.environ.get("WANDB_API_KEY"):
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
     try:

@@ -49,6 +49,7 @@ def create(config: Config, plan: Plan, here: World, data: DataSet) -> Learner:
         uphill=lambda step: 0.0 if step % config.optim.sam_every else config.optim.sam_rho,
         mix=_mixing(config, plan, here, classes),
         skipping=Skipping.of(build.unwrap(model)) if config.loop.on_nonfinite == "skip" else None,
+        norms_at=(lambda step: (step + 1) % config.report.log_every == 0) if config.report.gradient_norms else None,
         # Ranks and seeds a long way apart; the step is added to it.
         seed=(config.seed * 1_000_003 + here.rank) % 2**38 << 24,
     )

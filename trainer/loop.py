@@ -15,7 +15,7 @@ from torch import nn
 from trainer.data.loader import Batch
 from trainer.ema import Average
 from trainer.exposed import Backward, Wait
-from trainer.metrics import sums
+from trainer.metrics import gradient_norms, sums
 from trainer.nonfinite import Skipping
 from trainer.optim import Clip, set_lr
 from trainer.precision import autocast
@@ -36,15 +36,17 @@ class Learner:
     scaler: torch.amp.GradScaler
     lr_at: Callable[[int], float]
     device: torch.device
-    dtype: torch.dtype | None  # to autocast to
-    accumulation: int
-    clip: Clip | None
-    average: Average | None  # of the weights, beside them
-    teacher: Teacher | None
-    uphill: Callable[[int], float]  # how far the gradient of a step is taken uphill; 0: where the weights stand
-    mix: Mixing | None  # None: nothing is mixed
-    skipping: Skipping | None  # None: a gradient that is not finite is applied, and found out later
-    seed: int  # of what the network draws (dropout): a function of (seed, step), so that nothing needs saving
+    dtype: torch.dtype | None = None  # to autocast to
+    accumulation: int = 1
+    clip: Clip | None = None
+    average: Average | None = None  # of the weights, beside them
+    teacher: Teacher | None = None
+    # How far uphill the gradient of a step is taken; 0: where the weights stand.
+    uphill: Callable[[int], float] = lambda step: 0.0
+    mix: Mixing | None = None  # None: nothing is mixed
+    skipping: Skipping | None = None  # None: a gradient that is not finite is applied, and found out later
+    norms_at: Callable[[int], bool] | None = None  # whether each gradient's norm is wanted of a step; None: never
+    seed: int = 0  # of what the network draws (dropout): a function of (seed, step), so that nothing needs saving
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class StepRecord:
     bad: torch.Tensor  # bool (2,): this rank's loss, the gradient's norm is not finite
     data_seconds: float  # the host's wait for batches
     waits: list[Wait]  # for gradients to be reduced
+    norms: torch.Tensor | None  # float64 (parameters,): of each gradient, before clipping; None: not wanted
 
 
 class _Mixed(NamedTuple):
@@ -104,16 +107,17 @@ def train_steps(
         if learner.uphill(step):
             _gradient_uphill(learner, step, seen, backward)
         enter("update", step)
-        totals[4] = _update(learner)
-        if learner.average is not None:
-            learner.average.update(step)
+        each = learner.norms_at is not None and learner.norms_at(step)
+        totals[4], norms = _update(learner, each=each)
         bad = ~torch.stack([totals[0], totals[4]]).isfinite()
         totals[5] = 1
         if learner.skipping:
             learner.skipping.restore(statistics, ~bad[1])
             totals = torch.where(bad[1], 0.0, totals)
             totals[6] = bad[1]
-        yield StepRecord(step, lr, totals, bad, waited, backward.waits)
+        if learner.average is not None:  # after a skipped step of the weights and statistics that it left
+            learner.average.update(step)
+        yield StepRecord(step, lr, totals, bad, waited, backward.waits, norms)
 
 
 def _accumulate(learner: Learner, batch: _Mixed, backward: Backward, *, last: bool) -> torch.Tensor:
@@ -140,11 +144,12 @@ def _gradient_uphill(learner: Learner, step: int, batches: list[_Mixed], backwar
             _accumulate(learner, batch, backward, last=batch is batches[-1])
 
 
-def _update(learner: Learner) -> torch.Tensor:
-    """Apply the gradients; returns their norm, a scalar on the device."""
+def _update(learner: Learner, *, each: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Apply the gradients; returns their norm, a scalar on the device, and of each its own if asked for."""
     learner.scaler.unscale_(learner.optimizer)
     parameters = [p for group in learner.optimizer.param_groups for p in group["params"]]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norms = gradient_norms(learner.model) if each else None
     if learner.clip is not None:
         learner.clip([p for p in parameters if p.grad is not None], norm)
     if learner.skipping and not learner.scaler.is_enabled():  # a scaler leaves such steps out by itself
@@ -153,4 +158,4 @@ def _update(learner: Learner) -> torch.Tensor:
         learner.scaler.step(learner.optimizer)
         learner.scaler.update()
     learner.optimizer.zero_grad(set_to_none=True)
-    return norm.detach()
+    return norm.detach(), norms

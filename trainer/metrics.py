@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from trainer.distributed import World
 
@@ -43,6 +44,14 @@ def target_position(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     classes = torch.arange(logits.shape[1], device=logits.device)
     before = ~(logits <= target) | ((logits == target) & (classes < labels[:, None]))
     return before.sum(1)
+
+
+def gradient_norms(model: nn.Module) -> torch.Tensor:
+    """The 2-norm of each parameter's gradient, in the model's order, float64 (parameters,); NaN where there is none."""
+    first = next(model.parameters())
+    nothing = first.new_full((), torch.nan, dtype=torch.float64)
+    norms = [nothing if p.grad is None else torch.linalg.vector_norm(p.grad).double() for p in model.parameters()]
+    return torch.stack(norms)
 
 
 class Pending:

@@ -83,15 +83,21 @@ class Saver(NoSaver):
     """The checkpoints of one run as they are made."""
 
     def __init__(
-        self, folder: Path, keep: int, permitted: Callable[[], None], say: Callable[[str], None] = print
+        self,
+        folder: Path,
+        keep: int,
+        permitted: Callable[[], None],
+        say: Callable[[str], None] = print,
+        saved: Callable[[int], None] = lambda step: None,
     ) -> None:
         """
         Args:
             keep: how many of the newest stay.
             permitted: raises RunError if the folder has become another process's.
             say: tells the user a line.
+            saved: called, by any thread, with the step whose state has reached the disk.
         """
-        self._folder, self._permitted, self._say = folder, permitted, say
+        self._folder, self._permitted, self._say, self._saved = folder, permitted, say, saved
         self._retention = Retention(folder, keep)
         self._snapshot = Snapshot()
         self._thread: threading.Thread | None = None
@@ -183,6 +189,7 @@ class Saver(NoSaver):
             path = checkpoint.save(self._folder, task.step, task.state, task.label, self._permitted)
             self._retention.trust(path)
             self._unsaved = None
+            self._saved(task.step)
             self._permitted()
             self._retention.prune()
         except OSError as error:

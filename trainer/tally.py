@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from trainer.config import Config
 from trainer.distributed import World
 from trainer.loop import Learner, StepRecord
 from trainer.metrics import Averages, Pending, averages
+from trainer.models.build import unwrap
 from trainer.nonfinite import Trouble, demand_finite
 
 
@@ -25,6 +26,7 @@ class Due:
     totals: Pending  # trainer.loop.StepRecord.totals, the longest row of bad steps, the loss scale, Balance.cut
     trouble: Trouble
     ema_decay: float | None
+    norms: Pending | None = None  # of each gradient of the last step
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Sums:
     grad_norm: float  # mean
     skipped: int  # steps that no rank took
     figures: dict[str, Any]  # loss_scale, ema_decay, and those of trainer.balance; None where there is no such thing
+    norms: dict[str, float | None]  # of each gradient of the last step, by parameter; None: not finite or not there
 
 
 class Tally:
@@ -45,6 +48,8 @@ class Tally:
         self._scaled = learner.scaler.is_enabled()
         self._balance = Balance(here)
         self._trouble = Trouble(here.device)
+        self._norms: torch.Tensor | None = None
+        self._names = [name for name, _ in unwrap(learner.model).named_parameters()] if learner.norms_at else []
         self._limit = math.inf
         if learner.skipping:
             # A loss scaler may have to halve its scale that often before anything is wrong.
@@ -53,6 +58,7 @@ class Tally:
     def add(self, record: StepRecord) -> None:
         self._window += record.totals
         self._trouble.add(record.step, record.bad)
+        self._norms = record.norms
         self._balance.add(record.data_seconds, record.waits)
 
     def pause(self) -> None:
@@ -63,7 +69,10 @@ class Tally:
         """The record of the steps before `step`, on its way to the host; the next begins."""
         due = self._on_its_way(step, lr, self._trouble.cut(), self._balance.cut())
         self._window.zero_()
-        return due
+        if self._norms is None:
+            return due
+        # Equal on every rank, and added up over them.
+        return replace(due, norms=Pending(self._norms / self._here.size, self._here))
 
     def read(self, due: Due) -> Sums:
         """The record; NonFiniteError, on every rank, if its sums are not finite or too many steps in a row were not."""
@@ -76,8 +85,10 @@ class Tally:
             value = math.nan
         demand_finite(value, due.step - taken - skipped, due.step - 1, lambda: self.blame(due))
         found = averages(totals) if taken else None
+        each = due.norms.values() if due.norms else []
+        by_name = {name: norm if math.isfinite(norm) else None for name, norm in zip(self._names, each)}
         more = {"loss_scale": scale if self._scaled else None, "ema_decay": due.ema_decay, "allreduce_fraction": None}
-        return Sums(found, norms / self._here.size / max(taken, 1), skipped, more | figures(values[9:]))
+        return Sums(found, norms / self._here.size / max(taken, 1), skipped, more | figures(values[9:]), by_name)
 
     def blame(self, due: Due) -> str:
         """Whose the first bad step was, in words. Every rank calls it."""

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer import checkpoint, configfile, environment, intake, learner, precision, resume
+from trainer import checkpoint, configfile, intake, learner, precision, resume
 from trainer.accuracy import Accuracy
 from trainer.config import Config
 from trainer.data.loader import DataSet, EvaluationBatches, TrainingBatches, open_data
@@ -17,11 +17,8 @@ from trainer.loop import train_steps
 from trainer.nonfinite import NonFiniteError, Rollback, data_step
 from trainer.plan import Plan
 from trainer.report.folder import RunFolder
-from trainer.report.gauges import Gauges
-from trainer.report.opening import introduce, write_origin
-from trainer.report.reporter import Reporter, Silent
-from trainer.report.tensorboard import Board
-from trainer.report.wandb_run import WandbRun
+from trainer.report.opening import introduce, open_report
+from trainer.report.reporter import Silent
 from trainer.saver import NoSaver, Saver, save_due
 from trainer.signals import Stopped, StopSignals
 from trainer.state import RunState
@@ -88,8 +85,13 @@ class _Run:
         self.saved_at = time.monotonic()
         self.saver = NoSaver()
         if self.here.is_main:
-            keep = config.checkpoint.keep
-            self.saver = Saver(self.folder.checkpoints, keep, self.folder.demand_held, lambda t: self.reporter.say(t))
+            self.saver = Saver(
+                self.folder.checkpoints,
+                config.checkpoint.keep,
+                self.folder.demand_held,
+                lambda text: self.reporter.say(text),
+                lambda step: self.reporter.kept(step),
+            )
         self.saver.guard(self.learner.optimizer)
         self.evaluation: EvaluationBatches | None = None
         if self.data.val is not None:
@@ -114,7 +116,8 @@ class _Run:
                 print(f"{self.folder.path} is finished ({self.progress.step} steps): nothing is left to do")
             return DONE
         self.progress.target_seconds = None  # what an earlier and lower target took
-        self._open_report(command, self.here.gather(environment.host()))
+        reached = self.progress.step, self.progress.wall_seconds
+        self.reporter = open_report(self.config, self.plan, self.here, self.data, self.folder, command, reached)
         facts = {"classes": len(self.data.classes), "after": self.progress.step}
         introduce(self.reporter, self.config, self.plan, self.here, self.learner, **facts)
         try:
@@ -165,7 +168,7 @@ class _Run:
     def _steps(self, batches: TrainingBatches, end: int) -> int:
         """Step until `end`; returns the signal that all ranks agreed to stop for before that, 0 for none."""
         watch, first = self.watch, self.progress.step
-        for record in train_steps(self.learner, batches, range(first, end), self._enter):
+        for record in train_steps(self.learner, self.reporter.passing(batches), range(first, end), self._enter):
             self.progress.step = record.step + 1
             watch.enter("report")
             self.reporter.step(self.progress.step, record.data_seconds)
@@ -196,6 +199,8 @@ class _Run:
         found = self.tally.read(due)
         if found.averages:
             self.reporter.train(due.step, found.averages, due.lr, found.grad_norm, found.figures)
+        if found.norms:
+            self.reporter.gradients(due.step, found.norms)
         if found.skipped:
             blame = self.tally.blame(due)
             self.reporter.say(f"warning: {found.skipped} steps before step {due.step} were skipped, {blame}")
@@ -235,13 +240,14 @@ class _Run:
         None, and the signal, where all ranks agreed to stop for one: nothing is reported then.
         """
         began, progress, average = time.monotonic(), self.progress, None
-        found, stopped_by = self.accuracy.of(self.state.model, progress.step)
+        coming, confusion = data_step(self.rollbacks)(progress.step), self.accuracy.confusion()
+        found, stopped_by = self.accuracy.of(self.state.model, coming, confusion.add)
         if found and self.state.average is not None:
-            average, stopped_by = self.accuracy.of(self.state.average, progress.step)
+            average, stopped_by = self.accuracy.of(self.state.average, coming)
         if found is None or stopped_by:
             return None, stopped_by
         progress.evaluated(found.top1, average.top1 if average else None)
-        self.reporter.evaluation(progress.step, found, time.monotonic() - began, average)
+        self.reporter.evaluation(progress.step, found, time.monotonic() - began, average, confusion.total())
         if self._complete() and progress.target_seconds is None:
             progress.target_seconds = self.reporter.wall_seconds
         return max(found.top1, average.top1 if average else 0.0), 0
@@ -277,18 +283,6 @@ class _Run:
         self.reporter.saved(self.progress.step, time.monotonic() - self.saved_at)
 
     # Words.
-
-    def _open_report(self, command: list[str], hosts: list[str]) -> None:
-        """On the main rank: write down where the run comes from, and begin to report."""
-        if not self.here.is_main:
-            return
-        self.folder.rewind_metrics(self.progress.step)
-        origin = write_origin(self.config, self.plan, self.here, self.data, self.folder, command, hosts)
-        facts = configfile.to_dict(self.config) | {"run": origin}
-        wandb_run = WandbRun(self.config.report, self.folder.path, origin["wandb_id"], facts)
-        gauges = Gauges(self.config, self.plan, self.here, len(self.data.classes))
-        board = Board(self.config.report, self.folder.path, self.progress.step)
-        self.reporter = Reporter(self.plan, self.folder, wandb_run, self.progress.wall_seconds, gauges, board)
 
     def _finish(self, status: str, **facts: Any) -> None:
         if self.config.loop.stop_at:

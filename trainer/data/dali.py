@@ -2,14 +2,13 @@
 
 DALI draws nothing: paths, windows, flips and labels come from outside, so a batch is a pure function of its arguments.
 The resize is PIL's bilinear: DALI's triangular filter on a GPU, torch's code on the CPU, where DALI's takes nearly as
-long as the decoding. EXIF orientation is ignored as torchvision and timm ignore it (ImageNet holds rotated tags): a
-test holds the pixels to PIL's.
+long as the decoding. What a CPU trains on and is only flipped and normalised after that, torch finishes too. EXIF
+orientation is ignored as torchvision and timm ignore it: ImageNet holds rotated tags. A test holds the pixels to PIL's.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,11 +17,7 @@ import torch
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 
 from trainer.data import ops
-from trainer.data.resize import Resizer
-
-# What `source` returns for each graph, in this order: see `Graph.source`.
-Feed = tuple[list[np.ndarray] | np.ndarray, ...]
-
+from trainer.data.link import Feed, Link, Normalising, to_decode
 
 NO_STEPS = ops.Steps()
 
@@ -57,25 +52,45 @@ class Graph:
 def build(graph: Graph, source: Callable[[], Feed]) -> Decoding:
     """What decodes the batches that `source` names, which it calls ahead of need, in the thread that calls `run`."""
     if graph.decode_on_gpu or graph.mode == "padded":
-        return Decoding([_whole(graph, source)])
-    link = _Link(graph, source)
-    return Decoding([link.decode, _finish(graph, link.resized)])
+        return _from([_whole(graph, source)])
+    plain = graph.device_id is None and graph.steps == NO_STEPS and not graph.half
+    link = Normalising(graph, source) if plain else Link(graph, source)
+    link.decode = _decoder(graph, link.named)
+    if plain:
+        return Decoding([link.decode], link.next)
+    return _from([link.decode, _finish(graph, link.next)])
+
+
+def _from(pipelines: list[Pipeline]) -> Decoding:
+    return Decoding(pipelines, lambda: tuple(torch.from_dlpack(each.as_tensor()) for each in pipelines[-1].run()))
+
+
+def decode_only(graph: Graph, source: Callable[[], Feed]) -> Decoding:
+    """The decoding of the same batches and nothing after it: what the rest is measured against."""
+
+    def named() -> Feed:
+        files, *feed = source()
+        return to_decode(graph.mode, files, feed)
+
+    pipeline = _decoder(graph, named)
+    return Decoding([pipeline], pipeline.run)
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """One pipeline, or two with the CPU's resize between them: the last one calls what is before it."""
+    """One pipeline, or two with the CPU's resize between them: `batch` returns the next (images NHWC, labels)."""
 
     pipelines: list[Pipeline]
+    batch: Callable[[], tuple]
 
 
 def run(decoding: Decoding) -> tuple[torch.Tensor, torch.Tensor]:
     """The next (images, labels): images NCHW in channels-last memory, labels int64 of shape (n,).
 
-    Nothing is copied: the tensors are DALI's own buffers, which live as long as the tensors do. Raises StopIteration
-    where the source does, and RuntimeError, naming the file, where an image cannot be decoded.
+    Nothing is copied: the tensors are the buffers that were filled, which live as long as the tensors do. Raises
+    StopIteration where the source does, and RuntimeError, naming the file, where an image cannot be decoded.
     """
-    images, labels = (torch.from_dlpack(output.as_tensor()) for output in decoding.pipelines[-1].run())
+    images, labels = decoding.batch()
     return images.permute(0, 3, 1, 2), labels.reshape(-1)
 
 
@@ -132,58 +147,9 @@ def _finish(graph: Graph, source: Callable[[], Feed]) -> Pipeline:
     return _pipeline(graph, source, (5 if graph.mode == "center" else 3) + graph.steps.inputs, define)
 
 
-class _Link:
-    """Between the decoding of a batch on the CPU and what follows its resize, which runs a batch ahead."""
-
-    def __init__(self, graph: Graph, source: Callable[[], Feed]) -> None:
-        self._graph, self._source = graph, source
-        self._resizer = Resizer(graph.threads)
-        self._feeds: deque[Feed] = deque()  # what the batches in flight need after their resize
-        self._begun: deque[tuple] = deque()
-        # The pipeline copies what it is fed. Fresh memory would be 2,400 new pages for a batch of 64.
-        self._squares = deque(torch.empty(0, dtype=torch.uint8) for _ in range(2))
-        self.decode = _pipeline(graph, self._named, 1 if graph.mode == "center" else 3, _decode)
-
-    def resized(self) -> Feed:
-        """A batch as `_finish` asks for it, while the next one is being resized; StopIteration after the last."""
-        while len(self._begun) < 2:
-            try:
-                self._begun.append(self._begin())
-            except StopIteration:
-                break
-        if not self._begun:
-            raise StopIteration
-        futures, images, feed = self._begun.popleft()
-        for future in futures:
-            future.result()
-        return images, *feed
-
-    def _named(self) -> Feed:
-        """What the decoder is to decode."""
-        files, *feed = self._source()
-        self._feeds.append(tuple(feed))
-        _, _, starts, _, shapes = feed[:5]
-        return (files,) if self._graph.mode == "center" else (files, starts, shapes)
-
-    def _begin(self) -> tuple:
-        (decoded,) = self.decode.run()
-        labels, flips, starts, sides, shapes, *inputs = self._feeds.popleft()
-        images = [torch.from_dlpack(decoded[i]) for i in range(len(labels))]
-        if self._graph.mode == "center":
-            into = [torch.empty(*map(int, shape), 3, dtype=torch.uint8) for shape in shapes]
-            feed = [image.numpy() for image in into], (labels, flips, starts, sides, *inputs)
-        else:
-            into = self._square(int(sides[0, 0]))[: len(images)]
-            feed = into.numpy(), (labels, flips, *inputs)
-        return self._resizer.begin(images, into), *feed
-
-    def _square(self, side: int) -> torch.Tensor:
-        """A buffer for a batch of images of this side: the one that was used before the last."""
-        self._squares.rotate()
-        shape = (self._graph.max_batch, side, side, 3)
-        if self._squares[0].shape != shape:
-            self._squares[0] = torch.empty(shape, dtype=torch.uint8)
-        return self._squares[0]
+def _decoder(graph: Graph, source: Callable[[], Feed]) -> Pipeline:
+    """Of what `to_decode` names."""
+    return _pipeline(graph, source, 3 if graph.mode == "resized" else 1, _decode)
 
 
 def _decode(graph: Graph, files, *window):

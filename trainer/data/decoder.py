@@ -22,6 +22,7 @@ class Decoder:
     """A DALI pipeline and the feed it is on."""
 
     def __init__(self, config: Config, world: World, feed: Feed, batch: int, salvage: Salvage) -> None:
+        """On `feed`, whose chunks hold at most `batch` images."""
         data = config.data
         on_gpu = world.device.type == "cuda"
         if data.decoder == "gpu" and not on_gpu:
@@ -61,6 +62,14 @@ class Decoder:
                 continue
             self._ahead.popleft()
             yield batch
+
+    def alone(self) -> Iterator[object]:
+        """The batches only decoded, for the clock: before any other use of this object, and for ever after it."""
+        with held():
+            self._pipeline = dali.decode_only(self._graph, self._source)
+        while True:
+            yield self._pipeline.batch()
+            self._ahead.clear()
 
     def _build(self) -> None:
         with held():  # DALI's threads

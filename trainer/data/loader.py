@@ -98,6 +98,16 @@ class TrainingBatches:
         feed = TrainingFeed(config, data.train, plan, self.salvage, world.rank, lambda n: data_step(first_step + n))
         self._batches = _decoder(config, world, feed, plan.batch, self.salvage).batches()
 
+    @classmethod
+    def decoded_alone(cls, config: Config, data: DataSet, plan: Plan, world: World) -> Iterator[object]:
+        """The same images from step 0, decoded and nothing else: the limit of the rest. DataError without DALI."""
+        if config.data.source != "dali":
+            raise DataError(f"data.source={config.data.source} has no decoding of its own: use data.source=dali")
+        assert data.train is not None
+        salvage = Salvage(config.data, data.train)
+        feed = TrainingFeed(config, data.train, plan, salvage, world.rank, lambda step: step)
+        return _decoder(config, world, feed, plan.batch, salvage).alone()
+
     def __iter__(self) -> Iterator[Batch]:
         return self
 
@@ -127,12 +137,27 @@ class EvaluationBatches:
         """Batches that every rank has; some have one more."""
         return -(-(len(self._index) // self._world.size) // self._batch)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def with_rows(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """The batches as (images, labels, rows of the index); all on the device, rows int64 (n,)."""
+        begin, end = self._share
+        for images, labels in self:
+            # In their order, without those that proved to be bad by now.
+            candidates = np.arange(begin, min(end, begin + len(labels) + len(self.salvage.bad)))
+            rows = self.salvage.sound(candidates)[: len(labels)]
+            begin = int(rows[-1]) + 1
+            yield images, labels, torch.from_numpy(rows).to(labels.device, non_blocking=True)
+
+    @property
+    def _share(self) -> tuple[int, int]:
+        """The first row of this rank and the one after its last."""
         n, world = len(self._index), self._world
-        rows = np.arange(n * world.rank // world.size, n * (world.rank + 1) // world.size)
+        return n * world.rank // world.size, n * (world.rank + 1) // world.size
+
+    def __iter__(self) -> Iterator[Batch]:
+        rows = np.arange(*self._share)
         feed = EvaluationFeed(self._config.data, self._index, self.salvage, rows, self._batch)
         if self._decoder is None:
-            self._decoder = _decoder(self._config, world, feed, self._batch, self.salvage)
+            self._decoder = _decoder(self._config, self._world, feed, self._batch, self.salvage)
         return self._decoder.batches(feed)
 
 

@@ -6,14 +6,11 @@ products inside attention: the convention of the ResNet paper's "FLOPs" (Table 1
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-_BLOCK = re.compile(r"layer\d+\.\d+\.(?!downsample)")  # a layer in the branch of a block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +35,10 @@ def count_macs(model: nn.Module, image_size: int, channels: int = 3) -> int:
     return sum(row.macs for row in layer_table(model, image_size, channels))
 
 
-def layer_table(model: nn.Module, image_size: int, channels: int = 3) -> list[LayerRow]:
-    """The layers of a bare model in the order of its modules; parameters and MACs add up to those of the model.
+def call(model: nn.Module, image_size: int, channels: int = 3) -> dict[nn.Module, tuple[tuple[int, ...] | None, int]]:
+    """The output (as in LayerRow) and the MACs of every module that one black image calls, in evaluation mode.
 
-    Runs one black image in evaluation mode on the model's device, which may be "meta": then nothing is computed and no
-    memory is needed. The model is left as it was.
+    The model may lie on the device "meta": then nothing is computed and no memory is needed. It is left as it was.
     """
     called: dict[nn.Module, tuple[tuple[int, ...] | None, int]] = {}
 
@@ -63,7 +59,15 @@ def layer_table(model: nn.Module, image_size: int, channels: int = 3) -> list[La
             hook.remove()
         for module, training in modes.items():
             module.training = training
+    return called
 
+
+def layer_table(model: nn.Module, image_size: int, channels: int = 3) -> list[LayerRow]:
+    """The layers of a bare model in the order of its modules; parameters and MACs add up to those of the model.
+
+    Runs one image, as `call` does.
+    """
+    called = call(model, image_size, channels)
     rows = []
     counted: set[Tensor] = set()
     for name, module in model.named_modules():
@@ -113,59 +117,33 @@ def _stride(module: nn.Module) -> int | tuple[int, ...] | None:
 
 
 def format_table(rows: list[LayerRow]) -> str:
-    """The rows as text: by stage, as in Table 1 of the paper, when the layers are named as a ResNet's; else one by one.
+    """The rows as text, one by one. The last line is the total; MACs are in millions."""
+    cells = [("layer", "output", "kind", "parameters", "MMACs")]
+    cells += [(row.name, shape(row.output), row.kind + slash(row), *_counts([row])) for row in rows]
+    cells.append(("total", "", "", *_counts(rows)))
+    return align(cells, words=3)
 
-    The last line is the total. MACs are in millions. A stage shows the convolutions of its first block, the one with
-    the strides; its shortcuts are counted and not shown.
-    """
-    if any(_BLOCK.match(row.name) for row in rows):
-        title, lines = ("stage", "output", "blocks"), [_stage(*item) for item in _by_stage(rows).items()]
-    else:
-        title = ("layer", "output", "kind")
-        lines = [(row.name, _shape(row), row.kind + _slash(row), row.parameters, row.macs) for row in rows]
-    total = ("total", "", "", sum(row.parameters for row in rows), sum(row.macs for row in rows))
-    cells = [(*title, "parameters", "MMACs")]
-    cells += [(*words, f"{parameters:,}", f"{macs / 1e6:,.1f}") for *words, parameters, macs in [*lines, total]]
-    widths = [max(len(line[column]) for line in cells) for column in range(5)]
+
+def _counts(rows: list[LayerRow]) -> tuple[str, str]:
+    return f"{sum(row.parameters for row in rows):,}", f"{sum(row.macs for row in rows) / 1e6:,.1f}"
+
+
+def align(cells: list[tuple[str, ...]], *, words: int) -> str:
+    """A table as text: a head, lines, a foot. The first `words` columns are words, set left; the others numbers."""
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     head, *body, foot = [
-        "  ".join([*map(str.ljust, line[:3], widths), *map(str.rjust, line[3:], widths[3:])]) for line in cells
+        "  ".join([*map(str.ljust, line[:words], widths), *map(str.rjust, line[words:], widths[words:])])
+        for line in cells
     ]
     rule = "-" * len(head)
     return "\n".join([head, rule, *body, rule, foot])
 
 
-def _by_stage(rows: list[LayerRow]) -> dict[str, list[LayerRow]]:
-    stages: dict[str, list[LayerRow]] = {}
-    for row in rows:
-        first = row.name.partition(".")[0]
-        stage = "stem" if first in ("conv1", "bn1") else first
-        if row.parameters or stage == "maxpool":  # the other layers without parameters say nothing here
-            stages.setdefault(stage, []).append(row)
-    return stages
-
-
-def _stage(name: str, rows: list[LayerRow]) -> tuple[str, str, str, int, int]:
-    branches = [row for row in rows if _BLOCK.match(row.name)]
-    if branches:
-        depth = len({row.name.split(".")[1] for row in branches})
-        shown = "; ".join(_convolution(row) for row in branches if row.macs and row.name.startswith(f"{name}.0."))
-        blocks = f"[{shown}] x {depth}"
-    else:
-        blocks = "; ".join(_convolution(row) for row in rows if row.macs) or rows[0].kind + _slash(rows[0])
-    output = _shape((branches or rows)[-1])
-    return name, output, blocks, sum(row.parameters for row in rows), sum(row.macs for row in rows)
-
-
-def _convolution(row: LayerRow) -> str:
-    """As the paper writes it: 3x3, 64, with /2 for a stride of 2."""
-    if row.output is None or not row.kind.startswith("Conv"):
-        return row.kind
-    return f"{row.kind.partition(' ')[2]}, {row.output[0]}{_slash(row)}"
-
-
-def _slash(row: LayerRow) -> str:
+def slash(row: LayerRow) -> str:
+    """A layer's stride as the paper writes it: ", /2", and nothing for 1."""
     return "" if row.stride in (None, 1) else f", /{row.stride}"
 
 
-def _shape(row: LayerRow) -> str:
-    return "x".join(map(str, row.output)) if row.output else ""
+def shape(output: tuple[int, ...] | None) -> str:
+    """64x56x56."""
+    return "x".join(map(str, output)) if output else ""

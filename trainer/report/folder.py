@@ -21,6 +21,7 @@ from trainer.report.lease import FolderLostError, Holder, Lease
 
 METRICS = "metrics.jsonl"
 PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "wandb", "numpy", "omegaconf")
+LINES = (METRICS, "gradients.jsonl")  # one object a line, of a step that a resumed run may take again
 
 
 class RunFolder:
@@ -120,6 +121,7 @@ class RunFolder:
             pass  # the saver has said so, and the run has ended for it
 
     def add_metrics(self, record: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
         self.add_line(METRICS, record)
 
     def add_line(self, name: str, record: dict[str, Any]) -> None:
@@ -151,20 +153,22 @@ class RunFolder:
 
     def rewind_metrics(self, step: int) -> None:
         """Drop the lines of steps after `step`, which a resumed run takes again, and a line that a kill cut short."""
-        if METRICS in self._lines:
-            self._lines.pop(METRICS).close()
-        path = self.path / METRICS
-        if not path.exists():
-            return
+        for name in LINES:
+            if name in self._lines:
+                self._lines.pop(name).close()
+            if (self.path / name).exists():
+                self._rewind(name, step)
+
+    def _rewind(self, name: str, step: int) -> None:
         kept = []
-        for line in path.read_text().splitlines():
+        for line in (self.path / name).read_text().splitlines():
             try:
                 record = json.loads(line)
             except ValueError:
                 continue
             if record["step"] <= step:
                 kept.append(line + "\n")
-        self.write(METRICS, "".join(kept))
+        self.write(name, "".join(kept))
 
 
 def _unwritable(what: str | Path, error: OSError) -> ConfigError:

@@ -122,6 +122,17 @@ class Lease:
                 "it stops here and writes nothing more"
             )
 
+    def beating(self) -> bool:
+        """Whether whoever holds the folder is alive; watches the heartbeat where that is the only way to tell."""
+        holder, me = self.read(), Holder.this()
+        if holder is None or holder.released:
+            return False
+        if holder.host == me.host and holder.shares_kernel(me):
+            return _runs(holder.pid)
+        seen = self._pulse(holder)
+        self._pause(PATIENCE * self._interval)
+        return self._pulse(holder) != seen
+
     def release(self) -> None:
         """Leave the folder to whoever comes next, at once."""
         self._over.set()

@@ -9,14 +9,52 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer import environment
+from trainer import configfile, environment
 from trainer.config import Config
 from trainer.data.loader import DataSet
 from trainer.distributed import World
 from trainer.loop import Learner
 from trainer.plan import Plan
+from trainer.report import events
+from trainer.report.examples import Examples
 from trainer.report.folder import RunFolder, provenance
-from trainer.report.reporter import Silent
+from trainer.report.gauges import Gauges
+from trainer.report.reporter import Parts, Reporter, Silent
+from trainer.report.tensorboard import Board
+from trainer.report.wandb_run import WandbRun
+
+
+def open_report(
+    config: Config,
+    plan: Plan,
+    here: World,
+    data: DataSet,
+    folder: RunFolder,
+    command: list[str],
+    reached: tuple[int, float],
+) -> Silent:
+    """Write down where the run comes from, and begin to report, on the main rank. Every rank calls it.
+
+    Args:
+        reached: the step that the run goes on from, and the seconds it has taken so far.
+    """
+    hosts = here.gather(environment.host())
+    if not here.is_main:
+        return Silent()
+    step, wall_seconds = reached
+    # What the attempt before took after its last save is lost, not unspent.
+    wall_seconds = max([wall_seconds, *(event["wall_seconds"] for event in events.read(folder.path))])
+    folder.rewind_metrics(step)
+    origin = write_origin(config, plan, here, data, folder, command, hosts)
+    attempt = environment.slurm_attempt()
+    facts = configfile.to_dict(config) | {"run": origin, "slurm_job": attempt and attempt[0]}
+    parts = Parts(
+        examples=Examples(folder.path / "examples.jpg", config.data),
+        val=data.val,
+        gauges=Gauges(config, plan, here, len(data.classes)),
+        board=Board(config.report, folder.path, step),
+    )
+    return Reporter(plan, folder, WandbRun(config.report, folder.path, origin["wandb_id"], facts), wall_seconds, parts)
 
 
 def write_origin(

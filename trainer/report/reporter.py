@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+from trainer.confusion import Findings
+from trainer.data.feeds import Batch
+from trainer.data.table import Index
 from trainer.metrics import Averages
 from trainer.plan import Plan
 from trainer.report.closing import closing
 from trainer.report.console import Console
 from trainer.report.drawing import Drawing
 from trainer.report.events import Events, process_age
+from trainer.report.examples import Examples
 from trainer.report.folder import RunFolder
+from trainer.report.gallery import write_evaluation
 from trainer.report.gauges import Gauges
 from trainer.report.speed import Stopwatch
 from trainer.report.tensorboard import Board
@@ -25,6 +32,10 @@ class Silent:
 
     def say(self, text: str) -> None: ...
 
+    def passing(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """`batches`, unchanged, which train the network."""
+        return batches
+
     def begin(self, step: int) -> None:
         """Training begins, or goes on, after `step` steps."""
 
@@ -36,8 +47,22 @@ class Silent:
     ) -> None:
         """Averages since the last such record, up to `step`; `figures` are trainer.tally.Sums.figures."""
 
-    def evaluation(self, step: int, averages: Averages, seconds: float, ema: Averages | None = None) -> None:
-        """Accuracy after `step` steps, and that of the averaged weights where there are any."""
+    def gradients(self, step: int, norms: dict[str, float | None]) -> None:
+        """The norm of each parameter's gradient in the last of `step` steps."""
+
+    def evaluation(
+        self,
+        step: int,
+        averages: Averages,
+        seconds: float,
+        ema: Averages | None = None,
+        findings: Findings | None = None,
+    ) -> None:
+        """Accuracy after `step` steps, and that of the averaged weights where there are any.
+
+        Args:
+            findings: what the weights, not averaged, took for what.
+        """
 
     def epoch(self, step: int) -> None:
         """An epoch, or the run, ends after `step` steps, evaluated if that was due."""
@@ -48,6 +73,9 @@ class Silent:
     def left_out(self, kind: str, reasons: list[str], converted: int) -> None:
         """So far these training or evaluation images were skipped, and Pillow had to decode `converted` others."""
 
+    def kept(self, step: int) -> None:
+        """The save of `step` is on disk. May be called by any thread."""
+
     def pause(self) -> None:
         """Something other than a step took place: it does not count as training time."""
 
@@ -55,19 +83,24 @@ class Silent:
         """The run ends as `status` (done | stopped | failed); `facts` go to summary.json."""
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What a report may have besides."""
+
+    examples: Examples | None = None
+    val: Index | None = None  # what is evaluated
+    gauges: Gauges | None = None
+    board: Board | None = None
+
+
 class Reporter(Silent):
     """The main rank's."""
 
     def __init__(
-        self,
-        plan: Plan,
-        folder: RunFolder,
-        wandb_run: WandbRun,
-        wall_seconds: float,
-        gauges: Gauges | None = None,
-        board: Board | None = None,
+        self, plan: Plan, folder: RunFolder, wandb_run: WandbRun, wall_seconds: float, parts: Parts | None = None
     ) -> None:
-        self._plan, self._folder, self._wandb, self._gauges, self._board = plan, folder, wandb_run, gauges, board
+        """As the class says; `wall_seconds` are those that the run took before."""
+        self._plan, self._folder, self._wandb, self._parts = plan, folder, wandb_run, parts or Parts()
         self._console = Console(plan)
         self._watch = Stopwatch()
         self._began = time.monotonic() - wall_seconds
@@ -84,6 +117,9 @@ class Reporter(Silent):
     def say(self, text: str) -> None:
         self._console.say(text)
 
+    def passing(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        return self._parts.examples.passing(batches) if self._parts.examples else batches
+
     def begin(self, step: int) -> None:
         self._step = step
         self._epoch = _Epoch(self.wall_seconds)
@@ -91,6 +127,8 @@ class Reporter(Silent):
 
     def step(self, step: int, data_seconds: float) -> None:
         self._step = step
+        if self._parts.examples:
+            self._parts.examples.write()
         self._watch.step(self._plan.global_batch, data_seconds)
         self._console.step(step)
 
@@ -104,15 +142,29 @@ class Reporter(Silent):
             "step_seconds": speed and self._plan.global_batch / speed,
             "data_wait_fraction": wait,
         }
-        gauges = self._gauges.read(step, speed) if self._gauges else {}
+        gauges = self._parts.gauges.read(step, speed) if self._parts.gauges else {}
         more = {"lr": lr, "grad_norm": grad_norm, **pace, **(figures or {}), **gauges}
         record = self._record("train", step, averages, **more)
         self._epoch.add(record, averages.count)
         self._console.train(record)
 
-    def evaluation(self, step: int, averages: Averages, seconds: float, ema: Averages | None = None) -> None:
+    def gradients(self, step: int, norms: dict[str, float | None]) -> None:
+        rounded = {name: None if norm is None else float(f"{norm:.5g}") for name, norm in norms.items()}
+        record = {"step": step, **self._progress(step), "norms": rounded}
+        self._folder.add_metrics(record | {"wall_seconds": round(self.wall_seconds, 3)}, "gradients.jsonl")
+
+    def evaluation(
+        self,
+        step: int,
+        averages: Averages,
+        seconds: float,
+        ema: Averages | None = None,
+        findings: Findings | None = None,
+    ) -> None:
         more = {"ema_loss": ema.loss, "ema_top1": ema.top1, "ema_top5": ema.top5} if ema else {}
         record = self._record("eval", step, averages, count=averages.count, seconds=round(seconds, 3), **more)
+        if findings is not None and self._parts.val is not None:
+            write_evaluation(self._folder, record, self._parts.val, findings)
         self._epoch.evaluation = record
         self._events.add("eval", step, self.wall_seconds, seconds, top1=averages.top1)
 
@@ -132,6 +184,9 @@ class Reporter(Silent):
         if converted:
             self.say(f"warning: {converted} {kind} images that DALI refuses are decoded by Pillow so far")
 
+    def kept(self, step: int) -> None:
+        self._wandb.saved(step)
+
     def pause(self) -> None:
         self._watch.skip()
 
@@ -142,20 +197,18 @@ class Reporter(Silent):
         more, rows = closing(self._folder.path, summary)
         summary |= more
         self._folder.try_to_write("summary.json", summary)
-        if self._board:
-            self._board.close()
-        self._wandb.finish(summary, 1 if status == "failed" else 0)
+        if self._parts.board:
+            self._parts.board.close()
+        self._wandb.finish(summary)
         self._drawing.finish()
         self._console.close(rows)
 
     def _record(self, kind: str, step: int, averages: Averages, **more: Any) -> dict[str, Any]:
         """Write a record down, and return it."""
-        samples = step * self._plan.global_batch
         record = {
             "kind": kind,
             "step": step,
-            "epoch": round(samples / self._plan.samples, 4),
-            "samples": samples,
+            **self._progress(step),
             "loss": averages.loss,
             "top1": averages.top1,
             "top5": averages.top5,
@@ -163,10 +216,14 @@ class Reporter(Silent):
             "wall_seconds": round(self.wall_seconds, 3),
         }
         self._folder.add_metrics(record)
-        self._wandb.log(record)
-        if self._board:
-            self._board.log(record)
+        if self._parts.board:
+            self._parts.board.log(record)
         return record
+
+    def _progress(self, step: int) -> dict[str, Any]:
+        """`step` in other units."""
+        samples = step * self._plan.global_batch
+        return {"epoch": round(samples / self._plan.samples, 4), "samples": samples}
 
 
 class _Epoch:

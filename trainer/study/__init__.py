@@ -1,0 +1,1 @@
+"""Studies: a named grid of runs, as a table and a figure."""
