@@ -97,6 +97,6 @@ def look_at_disk(config: Config, parameters: int, found: Findings) -> None:
         found.missing.append(f"output_dir={config.output_dir} cannot be written: choose another")
     if free < need:
         found.missing.append(
-            f"output_dir={config.output_dir} has {free:.1f} GB free and checkpoints take about {need:.1f}: make room, "
-            "or lower checkpoint.keep"
+            f"output_dir={config.output_dir} has {free:.1f} GB free and checkpoints take about {need:.1f} GB: make "
+            "room, or lower checkpoint.keep"
         )
