@@ -105,7 +105,7 @@ def test_a_signal_that_comes_while_a_run_is_started_reaches_it(monkeypatch: pyte
         (["model.variant=v3"], "broken: model.variant=v3 is not known"),
         (["--only", "planes"], "--only planes is none of the study's runs; use broken, plain, ResNet"),
         (["--ranks", "0"], "--ranks 0: use 1 or more"),
-        (["config=other.yaml"], "plain: model.name=resnet21 is not known: did you mean resnet2"),
+        (["config=other.yaml"], "plain: model.name=resnet21 is not known: did you mean resnet"),
     ],
 )
 def test_a_mistake_ends_a_study_before_anything_runs(study: Path, words: list[str], said: str) -> None:
