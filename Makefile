@@ -49,7 +49,7 @@ lint: install
 
 # The same pins on every machine; no index is named, so each machine's own settings apply.
 lock: | $(BIN)/uv
-	$(BIN)/uv pip compile --quiet pyproject.toml --extra cuda13 --extra parquet --extra export --extra dev --universal --python-version 3.10 \
+	$(BIN)/uv pip compile --quiet pyproject.toml --extra cuda13 --extra parquet --extra export --extra tensorboard --extra dev --universal --python-version 3.10 \
 		--generate-hashes --no-emit-index-url --custom-compile-command "make lock" --output-file requirements.lock
 
 clean:
