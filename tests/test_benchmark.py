@@ -32,12 +32,28 @@ def test_what_has_no_decoding_of_its_own_has_no_share_of_it(tmp_path: Path) -> N
     assert json.loads(done.output)["share_of_decoding_limit"] is None
     done = here("benchmark", "end-to-end", tmp_path / "c.yaml", *SMALL)
     assert done.status == 2 and "data.source=synthetic has no real batches" in done.errors
+    done = here("benchmark", "allreduce", tmp_path / "c.yaml", *SMALL)
+    assert done.status == 2 and "benchmark allreduce needs ranks" in done.errors
+
+
+def test_a_step_needs_no_data(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("data: {root: nowhere}")
+    figures = json.loads(here("benchmark", "step", tmp_path / "c.yaml", *SMALL, "--count", 2).output)
+    assert figures["images_per_second"] > 0 and figures["global_batch"] == 8
 
 
 @pytest.mark.end_to_end
-def test_end_to_end_on_two_ranks(tiny: Path, tmp_path: Path) -> None:
+def test_two_ranks_are_measured_together(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(f"data: {{root: {tiny}}}")
-    done = torchrun("benchmark", "end-to-end", tmp_path / "c.yaml", *SMALL, "--count", 2, ranks=2)
-    assert done.status == 0, done.errors
-    figures = json.loads(done.output.splitlines()[-1])
+
+    def measured(what: str) -> dict:
+        done = torchrun("benchmark", what, tmp_path / "c.yaml", *SMALL, "--count", 2, ranks=2)
+        assert done.status == 0, done.errors
+        return json.loads(done.output.splitlines()[-1])
+
+    figures = measured("allreduce")
+    assert figures["ranks"] == 2 and figures["milliseconds"] > 0
+    parameters = 272_474 + 990 * 65  # ResNet-20 for 1000 classes: its head has 64 weights and a bias a class
+    assert figures["megabytes"] == round(4 * parameters / 1e6, 1)
+    figures = measured("end-to-end")
     assert figures["ranks"] == 2 and figures["ratio"] > 0 and set(figures["images_per_second"]) == {"synthetic", "real"}

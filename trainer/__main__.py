@@ -203,11 +203,14 @@ def _parser() -> argparse.ArgumentParser:
 def _add_experiments(commands: argparse._SubParsersAction) -> None:
     """The commands that measure or compare."""
     benchmark = commands.add_parser("benchmark", help="how fast one part of the run that CONFIG describes is")
-    what = "loader: the input alone; end-to-end: training on real data against synthetic"
-    benchmark.add_argument("what", choices=("loader", "end-to-end"), help=what)
+    what = "loader: the input alone; step: training on a synthetic batch; end-to-end: on real data against synthetic; "
+    what += "allreduce: the sum of all gradients over the ranks"
+    benchmark.add_argument("what", choices=("loader", "step", "end-to-end", "allreduce"), help=what)
     benchmark.add_argument("config", metavar="CONFIG")
     benchmark.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    benchmark.add_argument("--count", type=int, metavar="N", help="images (loader: 400) or steps (10) a block")
+    benchmark.add_argument(
+        "--count", type=int, metavar="N", help="images (loader: 400), steps or sums (10) a block"
+    )
     benchmark.set_defaults(command=_benchmark)
 
     describe = commands.add_parser("describe", help="the layers, parameters and multiply-adds of a network")

@@ -12,11 +12,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
+import torch.distributed as dist
+
 from trainer import learner, precision
 from trainer.config import Config, ConfigError
 from trainer.data.loader import Batch, TrainingBatches, open_data
 from trainer.distributed import World, world
 from trainer.loop import Learner, train_steps
+from trainer.models import build
 from trainer.plan import Plan
 
 BLOCKS = 5  # of each kind, alternating
@@ -85,9 +89,8 @@ def end_to_end(config: Config, steps: int) -> int:
         data = open_data(config, here)
         plan = Plan.of(config, here.size, data.samples)
         learned = learner.create(config, plan, here, data)
-        labelled = replace(config, data=replace(config.data, synthetic_classes=len(data.classes)))
         sources = {
-            "synthetic": TrainingBatches(labelled, replace(data, train=None), plan, here, 0),
+            "synthetic": TrainingBatches(config, replace(data, train=None), plan, here, 0),
             "real": TrainingBatches(config, data, plan, here, 0),
         }
         # The first steps of a block are not counted: the queue that the other block let fill, or left to be filled.
@@ -102,6 +105,65 @@ def end_to_end(config: Config, steps: int) -> int:
             images_per_second={name: round(statistics.median(values), 2) for name, values in rates.items()},
             ratio=round(statistics.median(ratios), 3),
             ratio_spread=[round(min(ratios), 3), round(max(ratios), 3)],
+        )
+    return 0
+
+
+def step(config: Config, steps: int) -> int:
+    """Train on the same synthetic batch over and over, blocks of `steps`; 0. Nothing is read, evaluated or saved."""
+    config = replace(config, data=replace(config.data, source="synthetic"))
+    with world(config) as here:
+        precision.set_kernels(config, here.device)
+        data = open_data(config, here)
+        plan = Plan.of(config, here.size, data.samples)
+        learned = learner.create(config, plan, here, data)
+        block = _Block(learned, 3, steps)
+        rates = [
+            steps * plan.global_batch / block.seconds(TrainingBatches(config, data, plan, here, 0))
+            for _ in range(BLOCKS)
+        ]
+        on_gpu = here.device.type == "cuda"
+        _say(
+            here,
+            images_per_second=round(statistics.median(rates), 2),
+            spread=[round(min(rates), 2), round(max(rates), 2)],
+            max_memory_gb=round(torch.cuda.max_memory_allocated(here.device) / 1e9, 2) if on_gpu else None,
+            global_batch=plan.global_batch,
+        )
+    return 0
+
+
+def all_reduce(config: Config, count: int) -> int:
+    """Sum as many float32 as the network has parameters over all ranks, blocks of `count` times; 0.
+
+    Raises:
+        ConfigError: there is one rank.
+    """
+    config = replace(config, data=replace(config.data, source="synthetic"))
+    with world(config) as here:
+        if here.size == 1:
+            raise ConfigError("benchmark allreduce needs ranks: torchrun --nproc-per-node 2 -m trainer benchmark ...")
+        network = build.create(config.model, config.model.num_classes or config.data.synthetic_classes)
+        gradients = torch.zeros(sum(p.numel() for p in network.parameters()), device=here.device)
+
+        def seconds() -> float:
+            here.barrier()
+            began = time.perf_counter()
+            for _ in range(count):
+                dist.all_reduce(gradients)
+            gradients[0].item()  # waits for the device
+            return max(here.gather((time.perf_counter() - began) / count))
+
+        seconds()  # connections are made
+        found = [seconds() for _ in range(BLOCKS)]
+        middle = statistics.median(found)
+        sent = 2 * (here.size - 1) / here.size * 4 * gradients.numel()  # bytes a rank in a ring
+        _say(
+            here,
+            milliseconds=round(1000 * middle, 3),
+            spread=[round(1000 * min(found), 3), round(1000 * max(found), 3)],
+            megabytes=round(4 * gradients.numel() / 1e6, 1),
+            ring_gb_per_second=round(sent / middle / 1e9, 3),
         )
     return 0
 
@@ -129,7 +191,9 @@ class _Block:
 
 COMMANDS: dict[str, tuple[Callable[[Config, int], int], int]] = {  # with how many images or steps by default
     "loader": (loader, 400),
+    "step": (step, 10),
     "end-to-end": (end_to_end, 10),
+    "allreduce": (all_reduce, 10),
 }
 
 
