@@ -255,6 +255,13 @@ def test_a_server_that_fails_in_mid_run_gets_the_rest_later(
     assert_same(server.history("abcd1234"), tmp_path)
 
 
+def test_an_alert_is_only_for_a_server_that_answers(server: WandbServer) -> None:
+    assert wandb_session.answers(server.url)
+    for server.fail in (500, HANGING):
+        assert not wandb_session.answers(server.url)
+    assert not wandb_session.answers("http://127.0.0.1:9")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_the_killed_client_process_is_started_anew(
     number: signal.Signals, tmp_path: Path, capsys: pytest.CaptureFixture[str]

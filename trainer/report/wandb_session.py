@@ -110,7 +110,7 @@ class Session:
             self._run.mark_preempting()
         # The client sends an alert before all that follows, and asks a server that fails again without limit: measured
         # (0.31), finish() then never returns, whatever its timeout.
-        if not self._online or _answers(self._run.settings.base_url):
+        if not self._online or answers(self._run.settings.base_url):
             self._run.alert(*_alert(self._folder.name, summary))
         self.leave(1 if status == "failed" or preempted else 0)
         if not sent:
@@ -157,7 +157,7 @@ def kill_client() -> None:
     tear_down()  # or its handler at exit speaks of the lost connection
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
     """Whether a server is there that does not fail."""
     try:
         with urllib.request.urlopen(url, timeout=PROBE_TIMEOUT):
