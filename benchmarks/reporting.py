@@ -1,6 +1,6 @@
 """What reporting costs a run: the CPU time that the training thread spends on it, as a share of all that it spends.
 
-    OMP_NUM_THREADS=1 python benchmarks/reporting.py [FOLDER] [--steps 200] [--every 10]
+    OMP_NUM_THREADS=1 PYTHONPATH=. python benchmarks/reporting.py [FOLDER] [--steps 200] [--every 10]
 
 Trains ResNet-20 at 32 px on synthetic images with everything on (records every EVERY steps, an epoch's end and its
 page every 50 steps, events, W&B offline, live figures), and counts what the training thread's calls into trainer/report
