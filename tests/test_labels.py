@@ -92,7 +92,8 @@ def test_calibration_error_is_its_definition() -> None:
     # As sure as it is right: none. Sure of everything and right by half: a half. The edge belongs to the lower bin.
     assert expected_error(np.full(4, 0.75), np.array([1, 1, 1, 0], bool)) == 0
     assert expected_error(np.ones(4), np.array([1, 1, 0, 0], bool)) == 0.5
-    assert expected_error(np.array([2 / 15, 1 / 15]), np.array([True, False])) == pytest.approx((13 / 15 + 1 / 15) / 2)
+    edge = np.array([1 / 15, 1.5 / 15]), np.array([True, False])
+    assert expected_error(*edge) == pytest.approx((14 / 15 + 1.5 / 15) / 2), "two bins, so nothing cancels"
 
 
 def test_classes_and_confusions_add_up() -> None:
