@@ -208,9 +208,7 @@ def _add_experiments(commands: argparse._SubParsersAction) -> None:
     benchmark.add_argument("what", choices=("loader", "step", "end-to-end", "allreduce"), help=what)
     benchmark.add_argument("config", metavar="CONFIG")
     benchmark.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    benchmark.add_argument(
-        "--count", type=int, metavar="N", help="images (loader: 400), steps or sums (10) a block"
-    )
+    benchmark.add_argument("--count", type=int, metavar="N", help="images (loader: 400), steps or sums (10) a block")
     benchmark.set_defaults(command=_benchmark)
 
     describe = commands.add_parser("describe", help="the layers, parameters and multiply-adds of a network")
