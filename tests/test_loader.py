@@ -90,9 +90,10 @@ def test_epochs_and_seeds_differ(tiny: Path) -> None:
     assert not torch.equal(first[0], other[0])
     (erased,) = steps(configure(tiny, "augment.erase=1"), rank(0, 1), 0, 1)
     gone = (erased[0] == 0).all(1)  # a rectangle of each image, and the rest of it as it was
-    assert gone.flatten(1).any(1).all() and torch.equal(
-        erased[0][~gone[:, None].expand(-1, 3, -1, -1)], first[0][~gone[:, None].expand(-1, 3, -1, -1)]
-    )
+    kept = ~gone[:, None].expand(-1, 3, -1, -1)
+    assert gone.flatten(1).any(1).all()
+    # What is erased is normalised by DALI, and the other by torch: the same to a rounding.
+    torch.testing.assert_close(erased[0][kept], first[0][kept], rtol=0, atol=1e-6)
     assert torch.cat([first[1], second[1]]).bincount().tolist() == [12] * 4  # an epoch is every sample once
 
 

@@ -313,7 +313,7 @@ def test_evaluate_finds_what_the_run_found(config: Path, tiny: Path, reference: 
     )
     assert done.status == 0 and json.loads(done.output.splitlines()[-1])["top1"] == found["top1"]
     done = here("evaluate", config)
-    assert done.status == 2 and "names no weights to evaluate" in done.errors
+    assert done.status == 2 and "names no weights: add model.weights=FILE" in done.errors
 
 
 def test_a_checkpoint_of_more_classes_than_the_model_is_refused(config: Path, tiny: Path, tmp_path: Path) -> None:

@@ -44,7 +44,9 @@ class Decoder:
             steps=ops.steps(feed.augment) if feed.augment is not None else ops.Steps(),
         )
         self._next = 0  # the feed's chunk that DALI asks for next
-        self._ahead: deque[int] = deque()  # chunks that DALI has and we have not
+        # Number and rows of the chunks that DALI has and we have not; a chunk may have other rows by now, since other
+        # ranks tell at an epoch's end what they have found to be bad.
+        self._ahead: deque[tuple[int, np.ndarray]] = deque()
         self._build()
 
     def batches(self, feed: Feed | None = None) -> Iterator[Batch]:
@@ -82,7 +84,7 @@ class Decoder:
             self._next += 1
             if len(chunk.rows):
                 break
-        self._ahead.append(self._next - 1)
+        self._ahead.append((self._next - 1, chunk.rows))
         labels = self._feed.index.labels[chunk.rows].astype(np.int64)
         return self._files(chunk.rows), labels, *self._arguments(chunk)
 
@@ -112,13 +114,13 @@ class Decoder:
 
         Raises what `Salvage.take` raises, and `error` itself where every image in flight can be decoded.
         """
-        rows = np.concatenate([np.empty(0, np.int64), *(self._feed.chunk(number).rows for number in self._ahead)])
+        rows = np.concatenate([np.empty(0, np.int64), *(rows for _, rows in self._ahead)])
         refused = dali.refused(self._files(rows), self._graph)
         if not refused:
             self._salvage.demand_unchanged(rows)
             raise error
         for number in refused:
             self._salvage.take(int(rows[number]))
-        self._next = self._ahead[0]
+        self._next, _ = self._ahead[0]
         self._ahead.clear()
         self._build()

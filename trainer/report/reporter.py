@@ -151,7 +151,7 @@ class Reporter(Silent):
     def gradients(self, step: int, norms: dict[str, float | None]) -> None:
         rounded = {name: None if norm is None else float(f"{norm:.5g}") for name, norm in norms.items()}
         record = {"step": step, **self._progress(step), "norms": rounded}
-        self._folder.add_metrics(record | {"wall_seconds": round(self.wall_seconds, 3)}, "gradients.jsonl")
+        self._folder.add_line("gradients.jsonl", record | {"wall_seconds": round(self.wall_seconds, 3)})
 
     def evaluation(
         self,
