@@ -86,6 +86,12 @@ def test_the_bound_is_what_is_slowest(
     assert readiness._bound(config, ALONE, loader, step, waiting).startswith(bound)
 
 
+def test_a_loader_and_a_step_overlap_unless_they_share_the_cores() -> None:
+    together = readiness._together
+    assert together(300.0, 100.0, shared=False) == together(100.0, 300.0, shared=False) == 100
+    assert together(300.0, 100.0, shared=True) == pytest.approx(75) and together(None, 100.0, shared=True) == 100
+
+
 def test_a_data_set_takes_no_overrides_and_a_config_no_options_of_a_data_set(options: list, tiny: Path) -> None:
     refused = here("inspect", tiny, "optim.lr=1")
     assert refused.status == 2 and "KEY=VALUE goes with a CONFIG" in refused.errors

@@ -181,11 +181,8 @@ def _predict(
     """How long an epoch and the run will take; on a CPU loader and step share the cores, elsewhere they overlap."""
     loader, step, waiting = rates
     shared = here.device.type == "cpu"
-    rate = step
-    if loader is not None:
-        rate = 1 / (1 / loader + 1 / step) if shared else min(loader, step)
-    # Evaluation decodes the same and computes a third of it: no backward pass.
-    evaluating = 3 * step if loader is None else 1 / (1 / loader + 1 / (3 * step)) if shared else min(loader, 3 * step)
+    rate = _together(loader, step, shared=shared)
+    evaluating = _together(loader, 3 * step, shared=shared)  # a third of the products: no backward pass
     training = plan.samples / rate
     seconds = len(data.val) / evaluating if data.val is not None else 0.0
     every = config.loop.eval_every
@@ -193,6 +190,13 @@ def _predict(
     found.rows.append(("an epoch", f"{duration(training)} at {_rate(rate)}, an evaluation {duration(seconds)}"))
     found.rows.append(("the run", f"{duration(plan.epochs * training + times * seconds)} predicted"))
     found.rows.append(("bound", _bound(config, here, loader, step, waiting)))
+
+
+def _together(loader: float | None, step: float, *, shared: bool) -> float:
+    """Images a second of a loader and a step, each known alone; `shared`: they take turns on the same cores."""
+    if loader is None:
+        return step
+    return 1 / (1 / loader + 1 / step) if shared else min(loader, step)
 
 
 def _rate(images: float) -> str:

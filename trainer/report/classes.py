@@ -11,6 +11,7 @@ from trainer.report.runs import Run
 
 FEW = 30  # classes that are all shown; of more the worst, and how all are spread
 WORST, BEST = 15, 5
+SHOWN = 12  # confusions; the longer tail is of single images
 PICTURE_BYTES = 200_000  # of one picture: ours have a short side of 128 pixels
 
 
@@ -72,7 +73,7 @@ def _spread(rows: list[dict[str, Any]]) -> Markup:
 
 
 def _confusions(found: dict[str, Any]) -> Markup:
-    rows = _objects(found.get("confusions"), "actual", "predicted", "count")[:20]
+    rows = _objects(found.get("confusions"), "actual", "predicted", "count")[:SHOWN]
     if not rows:
         return Markup("")
     counts = {row["name"]: row["count"] for row in _objects(found.get("per_class"), "name", "count", "top1")}

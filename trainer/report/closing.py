@@ -39,7 +39,7 @@ def _results(summary: dict[str, Any], run: runs.Run | None) -> Rows:
     rows: Rows = []
     if summary.get("last_top1") is not None:
         best = [e for e in run.evaluations if e["top1"] == summary["best_top1"]] if run else []
-        epoch = f" in epoch {best[0]['epoch']:g}" if best else ""
+        epoch = f" in epoch {best[0]['epoch']:.4g}" if best else ""
         rows.append(("top-1", f"{summary['last_top1']:.2f}% (best {summary['best_top1']:.2f}%{epoch})"))
     if summary.get("last_ema_top1") is not None:
         rows.append(("averaged", f"{summary['last_ema_top1']:.2f}% (best {summary['best_ema_top1']:.2f}%)"))
