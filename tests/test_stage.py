@@ -27,6 +27,7 @@ from trainer.data.loader import open_data
 from trainer.data.room import room
 from trainer.data.stage import stage
 from trainer.data.table import DataError
+from trainer.signals import Stopped
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +226,27 @@ stage.stage([open_shards({str(many)!r}, "train")], {str(tmp_path / "to")!r}, 0)
     said = []
     stage([index], tmp_path / "to", 0, lambda *words: said.append(words))
     assert len(said) == 3 and staged_files(home) == sorted(index.shard_files)
+
+
+def test_a_signal_ends_it_and_the_next_start_goes_on(
+    many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_THREADS", 1)
+    config = configure(many, f"data.stage_to={tmp_path / 'to'}", "loop.eval_every=0")
+    signs = []
+
+    def alive() -> None:
+        signs.append(len(signs))
+        if len(signs) == 2:
+            raise Stopped(signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        open_data(config, rank(0, 1), alive=alive)
+    (home,) = (path for path in (tmp_path / "to").iterdir() if path.is_dir())
+    whole = staged_files(home)
+    assert 2 <= len(whole) < 6
+    assert open_data(config, rank(0, 1), alive=lambda: signs.append(None)).train.root == home
+    assert signs[2:] == [None] * (6 - len(whole)) and len(staged_files(home)) == 6
 
 
 def test_long_work_of_a_node_makes_no_rank_give_up_and_a_mistake_reaches_all(tmp_path: Path) -> None:

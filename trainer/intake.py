@@ -12,14 +12,24 @@ from trainer.signals import StopSignals
 from trainer.watchdog import Watch
 
 
-def scanning(here: World, signals: StopSignals, watch: Watch) -> Callable[[int, int], None]:
-    """The progress of reading image headers, which may take minutes: said, taken as a sign of life, and stopped."""
-    say = counter("reading image headers") if here.is_main else watch.moved
+def alive(signals: StopSignals, watch: Watch) -> Callable[[], None]:
+    """What long work before the first step calls: taken as a sign of life, and Stopped raised where a signal came."""
 
-    def progress(done: int, total: int) -> None:
+    def sign() -> None:
         signals.raise_if_caught()
         watch.moved()
-        say(done, total)
+
+    return sign
+
+
+def scanning(here: World, signals: StopSignals, watch: Watch) -> Callable[[int, int], None]:
+    """The progress of reading image headers, which may take minutes: said, taken as a sign of life, and stopped."""
+    say, sign = counter("reading image headers"), alive(signals, watch)
+
+    def progress(done: int, total: int) -> None:
+        sign()
+        if here.is_main:
+            say(done, total)
 
     return progress
 

@@ -48,7 +48,8 @@ def train(config: Config, command: list[str], signals: StopSignals) -> int:
         watch.naming_a_lost_peer(),
     ):
         precision.set_kernels(config, here.device)
-        data = open_data(config, here, intake.scanning(here, signals, watch))
+        alive = intake.alive(signals, watch)
+        data = open_data(config, here, intake.scanning(here, signals, watch), alive)
         plan = Plan.of(config, here.size, data.samples)
         state = RunState(learner.create(config, plan, here, data), here)
         folder = RunFolder(config.output_dir)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,10 +38,19 @@ class DataSet:
     digest: str  # of the training rows
 
 
-def open_data(config: Config, world: World, progress: Callable[[int, int], None] | None = None) -> DataSet:
+def open_data(
+    config: Config,
+    world: World,
+    progress: Callable[[int, int], None] | None = None,
+    alive: Callable[[], object] = lambda: None,
+) -> DataSet:
     """Find and index the data that `config` names, and stage it where that is wanted; DataError if it is not sound.
 
     Each folder is scanned, and copied, once a node.
+
+    Args:
+        progress: called with (headers read, of all); without it staging says nothing either.
+        alive: called as staging gets on; what it raises ends it, and the next start goes on from there.
     """
     data = config.data
     if data.source == "synthetic":
@@ -56,7 +66,14 @@ def open_data(config: Config, world: World, progress: Callable[[int, int], None]
             check_same_classes(train, val)
         if data.stage_to is not None:
             wanted = [index for index in (train, val) if index is not None]
-            train, *rest = stage(wanted, data.stage_to, data.stage_reserve_gb * 1e9, progress and pace())
+            say = pace() if progress else None
+
+            def staged(*state: Any) -> None:
+                alive()
+                if say:
+                    say(*state)
+
+            train, *rest = stage(wanted, data.stage_to, data.stage_reserve_gb * 1e9, staged)
             val = rest[0] if rest else None
         return train, val
 
