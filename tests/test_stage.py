@@ -231,14 +231,23 @@ stage.stage([open_shards({str(many)!r}, "train")], {str(tmp_path / "to")!r}, 0)
 def test_a_signal_ends_it_and_the_next_start_goes_on(
     many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_THREADS", 1)
     config = configure(many, f"data.stage_to={tmp_path / 'to'}", "loop.eval_every=0")
-    signs = []
+    signs, stopped, chunks = [], threading.Event(), module._chunks
 
     def alive() -> None:
         signs.append(len(signs))
         if len(signs) == 2:
+            stopped.set()
             raise Stopped(signal.SIGTERM)
+
+    def slow(path: Path):
+        if path.name > "train-000002.tar":
+            assert stopped.wait(60)
+            time.sleep(0.5)  # by then what has not begun is cancelled
+        yield from chunks(path)
+
+    monkeypatch.setattr(module, "_THREADS", 1)
+    monkeypatch.setattr(module, "_chunks", slow)
 
     with pytest.raises(Stopped):
         open_data(config, rank(0, 1), alive=alive)
