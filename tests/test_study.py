@@ -185,8 +185,9 @@ def test_training_is_thin_and_test_is_bold_and_lower_errors_are_lower(study: Pat
 
 
 def test_a_study_without_a_record_is_drawn_empty(study: Path) -> None:
-    for kind in ("curves", "gradients"):
-        ElementTree.fromstring(figure.draw(*grid.load(study, [f"plot.kind={kind}"])))
+    curves, maps = (figure.draw(*grid.load(study, [f"plot.kind={kind}"])) for kind in ("curves", "gradients"))
+    assert not any(lines_of(curves).values()) and "plain" in curves
+    assert "<path" not in maps and ElementTree.fromstring(maps).tag.endswith("svg")
 
 
 def test_heat_maps_show_layers_in_order_on_one_scale(study: Path) -> None:

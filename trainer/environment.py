@@ -59,6 +59,7 @@ def wandb_mode(wanted: str) -> str:
 
 
 def host() -> str:
+    """This machine's name."""
     return socket.gethostname()
 
 

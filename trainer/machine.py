@@ -77,12 +77,11 @@ def _dali(here: World) -> str:
 
 
 def _wandb(config: Config, found: Findings) -> str:
-    mode, key = config.report.wandb, environment.has_wandb_key()
-    if mode == "online" and not key:
+    wanted, mode, key = config.report.wandb, environment.wandb_mode(config.report.wandb), environment.has_wandb_key()
+    if wanted == "online" and not key:
         found.missing.append("report.wandb=online needs a key: wandb login, WANDB_API_KEY, or report.wandb=auto")
-    if mode == "auto":
-        return "auto: online, a key is there" if key else "auto: offline, there is no key (python -m launch sync RUN)"
-    return mode
+    later = " (python -m launch sync RUN)" if mode == "offline" else ""
+    return f"report.wandb={wanted}: {mode}, {'a key is there' if key else 'there is no key'}{later}"
 
 
 def look_at_disk(config: Config, parameters: int, found: Findings) -> None:

@@ -25,7 +25,7 @@ class Events:
         """Write down that `kind` (start | save | eval | end) took `seconds` of training's time after `step` steps.
 
         Args:
-            wall_seconds: since the run began, over all restarts; of a start, those of the state it goes on from.
+            wall_seconds: since the run began, over all restarts; of a start, where the attempt before it left off.
         """
         event = {"kind": kind, "step": step, "attempt": self._attempt, "wall_seconds": round(wall_seconds, 3)}
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from trainer.report.events import read_lines
 from trainer.study import svg
 from trainer.study.grid import Run, Study
-from trainer.study.records import Curve, curve, lines
+from trainer.study.records import Curve, curve
 
 WIDTH, HEIGHT, GAP = 380, 300, 64  # of a panel, and from one to the next
 LEFT, TOP, BOTTOM = 64, 64, 52
@@ -89,7 +90,7 @@ def _heat_maps(study: Study, runs: list[Run]) -> str:
 
 def _gradients(folders: list[Path], x: str) -> tuple[dict[str, list[float | None]], float]:
     """log10 of the gradient norms by layer, in COLUMNS columns of equal time, averaged; and where time ends."""
-    records = [record for folder in folders for record in lines(folder / "gradients.jsonl")]
+    records = [record for folder in folders for record in read_lines(folder / "gradients.jsonl")]
     end = max((record[x] for record in records), default=0.0)
     sums: dict[str, list[list[float]]] = {}
     for record in records:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.config import Config
 from trainer.plan import Plan
+from trainer.report.events import read_lines
 from trainer.report.folder import RunFolder
 
 
@@ -30,25 +30,12 @@ def status(config: Config) -> str:
     if finished(config):
         return "done"
     summary = RunFolder(config.output_dir).read("summary.json")
-    records = lines(Path(config.output_dir) / "metrics.jsonl")
+    records = read_lines(Path(config.output_dir) / "metrics.jsonl")
     at = f" at step {records[-1]['step']}" if records else ""
     if summary:
         # A run that was trained to the end of less than is asked for now is as good as stopped there.
         return {"done": "stopped"}.get(summary["status"], summary["status"]) + at
     return f"begun, now{at}" if at else "not begun"
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of one JSON object a line; none where there is no file, a line cut short is left out."""
-    if not path.exists():
-        return []
-    found = []
-    for line in path.read_text().splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
 
 
 @dataclass(frozen=True)
@@ -66,7 +53,7 @@ def curve(folders: list[Path], kind: str, x: str, y: str) -> Curve:
     """
     at: dict[int, list[tuple[float, float]]] = {}
     for folder in folders:
-        for record in lines(folder / "metrics.jsonl"):
+        for record in read_lines(folder / "metrics.jsonl"):
             if record["kind"] == kind:
                 at.setdefault(record["step"], []).append((record[x], value(record, y)))
     steps = sorted(at)
@@ -79,7 +66,7 @@ def value(record: dict[str, Any], y: str) -> float:
 
 def last(folder: Path, kind: str, y: str) -> float | None:
     """The newest value of a run, None where there is none."""
-    found = [record for record in lines(folder / "metrics.jsonl") if record["kind"] == kind]
+    found = [record for record in read_lines(folder / "metrics.jsonl") if record["kind"] == kind]
     return value(found[-1], y) if found else None
 
 
