@@ -76,6 +76,7 @@ def done(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Scenarios:
         s.one("skip", "nan", "loop.on_nonfinite=skip", rank=1, step=3),
         s.one("skip always", "nan always", "loop.on_nonfinite=skip", "loop.nonfinite_limit=3", rank=0, step=3),
         s.one("rollback", "nan", *ROLLBACK, rank=1, step=3),
+        s.one("far back", "nan", *ROLLBACK, "checkpoint.every_steps=5", "report.tensorboard=true", rank=1, step=3),
         s.one("cut", "nan", *ROLLBACK, "loop.max_steps=5", rank=1, step=3),
         s.one("cut, then on", "", *ROLLBACK, run="cut"),
         s.one("rollback always", "nan always", "loop.on_nonfinite=rollback", "loop.nonfinite_limit=2", rank=1, step=3),
@@ -160,6 +161,17 @@ def test_a_rollback_goes_on_from_the_last_save_without_the_data_since(done: Scen
     assert done.statuses("rollback always") == {1}
     recorded = json.loads((done.run("rollback always") / "rollbacks.json").read_text())["rollbacks"]
     assert [r["at"] for r in recorded] == [0, 0]
+
+
+def test_steps_thrown_away_by_a_rollback_are_reported_once(done: Scenarios) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert done.statuses("far back") == {0}
+    recorded = json.loads((done.run("far back") / "rollbacks.json").read_text())["rollbacks"]
+    assert [(r["at"], r["skipped"] >= 3) for r in recorded] == [(0, True)]
+    assert done.steps("far back") == list(range(1, 13))
+    shown = EventAccumulator(str(done.run("far back") / "tensorboard")).Reload()
+    assert [e.step for e in shown.Scalars("train/loss")] == list(range(1, 13))
 
 
 def test_one_flipped_bit_stops_the_run_and_is_found_between_two_comparisons(done: Scenarios) -> None:

@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -256,6 +257,24 @@ def test_an_array_of_four_never_runs_more_than_two(cluster: Cluster, config: Pat
     assert most == 2
     for run in runs:
         assert run.status()["state"] == "COMPLETED" and summary(run.run)["steps"] == 4, run.said()
+
+
+def test_a_study_is_an_array_that_its_figure_is_drawn_of(cluster: Cluster, config: Path, tmp_path: Path) -> None:
+    study = tmp_path / "study.yaml"
+    axes = "{net: {plain: {model.residual: false}, ResNet: {}}}"
+    study.write_text(f"config: {config}\naxes: {axes}\nset: {{loop.max_steps: 4}}\noutput_dir: {tmp_path / 'out'}\n")
+    done = cluster.launch("sweep", study, "--cluster", PROFILE, "--ranks-per-node", 1)
+    assert done.status == 0, done.errors
+    runs = [Submission(cluster, tmp_path / "out" / name / "seed0") for name in ("plain", "ResNet")]
+    for run in runs:
+        run.ended("COMPLETED")
+    command = [sys.executable, "-m", "trainer", "study", str(study), "--draw"]
+    drawn = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE)
+    assert drawn.returncode == 0, drawn.stderr
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert all(f"{100 - summary(run.run)['last_top1']:.2f}" in table for run in runs), table
+    again = cluster.launch("sweep", study, "--cluster", PROFILE)
+    assert again.status == 0 and "nothing" in again.output, again.output + again.errors
 
 
 def test_a_mistake_is_not_repeated(cluster: Cluster, config: Path, tmp_path: Path) -> None:

@@ -220,6 +220,7 @@ class _Run:
         back = Rollback(self.progress.step, reached - self.progress.step, str(error))
         self.rollbacks = [*self.rollbacks, back]
         self.here.on_main(lambda: resume.record_rollbacks(self.folder, self.rollbacks))
+        self.reporter.rewind(back.at)
         self.reporter.say(f"warning: {error}")
         self.reporter.say(f"rolled back to step {back.at}, leaving out the data of {back.skipped} steps")
 

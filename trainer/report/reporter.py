@@ -39,6 +39,9 @@ class Silent:
     def begin(self, step: int) -> None:
         """Training begins, or goes on, after `step` steps."""
 
+    def rewind(self, step: int) -> None:
+        """The run returns to where it stood after `step` steps: those after it are taken anew, and reported anew."""
+
     def step(self, step: int, data_seconds: float) -> None:
         """`step` steps are done; the last one waited `data_seconds` for its images on this rank."""
 
@@ -124,6 +127,13 @@ class Reporter(Silent):
         self._step = step
         self._epoch = _Epoch(self.wall_seconds)
         self._events.add("start", step, self.wall_seconds, process_age())
+
+    def rewind(self, step: int) -> None:
+        self._step = step
+        self._epoch = _Epoch(self.wall_seconds)
+        self._folder.rewind_metrics(step)
+        if self._parts.board:
+            self._parts.board.rewind(step)
 
     def step(self, step: int, data_seconds: float) -> None:
         self._step = step

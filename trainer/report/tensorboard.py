@@ -27,8 +27,15 @@ class Board:
     def __init__(self, options: Report, folder: Path, step: int) -> None:
         """`step`: what was written of later steps, by a run that was cut short, is not to be shown."""
         self._writer: Any = None
+        self._folder = folder / "tensorboard"
         if options.tensorboard:
-            self._try(lambda: self._open(folder, step))
+            self._try(lambda: self._open(step))
+
+    def rewind(self, step: int) -> None:
+        """Show nothing of what was written of steps after `step`."""
+        if self._writer is not None:
+            self.close()
+            self._try(lambda: self._open(step))
 
     def log(self, record: dict[str, Any]) -> None:
         """Write a record of metrics.jsonl as KIND/NAME at its step."""
@@ -46,10 +53,12 @@ class Board:
         if self._writer is not None:
             self._try(self._writer.close)
 
-    def _open(self, folder: Path, step: int) -> None:
+    def _open(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        # Also after a rewind to the start, for which there is something to purge where there is a file already.
+        purge = step + 1 if step or self._folder.exists() else None
+        self._writer = SummaryWriter(str(self._folder), purge_step=purge)
 
     def _try(self, call: Any) -> None:
         try:
