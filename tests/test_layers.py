@@ -14,7 +14,7 @@ COLUMNS = [
     {"mistakes"},
     {"config_augment", "config_data", "config_model", "config_optim", "config_contradictions"},
     {"config"},
-    {"configfile", "plan", "environment", "signals", "rendezvous"},
+    {"configfile", "plan", "environment", "memory", "signals", "rendezvous"},
     {"distributed"},
     {"data", "models", "watchdog", "lars"},
     {"optim", "schedule", "losses", "mix", "ema", "metrics", "confusion", "precision", "snapshot", "nonfinite", "sam"},

@@ -28,7 +28,7 @@ from trainer.mistakes import at_least, one_of
 class Precision:
     """Number formats and layout."""
 
-    amp: str = "auto"  # auto (bf16 where the hardware computes it, else fp32) | bf16 | fp16 (GradScaler) | fp32
+    amp: str = "auto"  # auto (bf16 where the hardware is faster at it, else fp32) | bf16 | fp16 (GradScaler) | fp32
     channels_last: bool = True
     compile: bool = False  # torch.compile
     tf32: bool = True  # fp32 matrix products of a GPU on its tensor cores

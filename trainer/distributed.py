@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainer import environment
+from trainer import environment, memory
 from trainer.config import Config, ConfigError
 from trainer.rendezvous import fresh_store
 from trainer.signals import Stopped, StopSignals, held
@@ -133,9 +133,11 @@ def world(config: Config, signals: StopSignals | None = None) -> Iterator[World]
     place = environment.place()
     rank, size = place.rank, place.size
     device = _device(config.device, place.local_rank)
-    if device.type == "cpu" and not environment.threads_chosen():
-        # As many threads as this rank has cores: torchrun's own default of 1 leaves the others idle.
-        torch.set_num_threads(environment.cores(place.local_size))
+    if device.type == "cpu":
+        memory.keep_freed()
+        if not environment.threads_chosen():
+            # As many threads as this rank has cores: torchrun's own default of 1 leaves the others idle.
+            torch.set_num_threads(environment.cores(place.local_size))
     if size == 1:
         yield World(rank, place.local_rank, size, place.local_size, device)
         return

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import urllib.parse
 from dataclasses import dataclass
+from pathlib import Path
 
 from trainer.config import ConfigError
 
@@ -61,6 +62,15 @@ def wandb_mode(wanted: str) -> str:
 def host() -> str:
     """This machine's name."""
     return socket.gethostname()
+
+
+def processor_vendor() -> str:
+    """As the kernel names it, GenuineIntel or AuthenticAMD; empty where it does not, as on ARM."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
 def has_wandb_key() -> bool:
