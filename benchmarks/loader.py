@@ -36,6 +36,7 @@ from torchvision.transforms import v2
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from trainer import memory  # noqa: E402
 from trainer.config import Config, Data  # noqa: E402
 from trainer.data.augment import training_windows  # noqa: E402
 from trainer.data.index import open_split  # noqa: E402
@@ -193,6 +194,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    memory.keep_freed()  # as training does; the others gain by it too
     with tempfile.TemporaryDirectory() as folder:
         program = _compiled(folder)
         found = {root: measure(root, program, options.blocks, options.images) for root in options.roots}
