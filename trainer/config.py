@@ -31,12 +31,18 @@ class Precision:
     amp: str = "auto"  # auto (bf16 where the hardware is faster at it, else fp32) | bf16 | fp16 (GradScaler) | fp32
     channels_last: bool = True
     compile: bool = False  # torch.compile
+    # BatchNorm, addition and ReLU in one pass; None: on a CPU that has a C compiler, unless `compile` fuses
+    fused: bool | None = None
     tf32: bool = True  # fp32 matrix products of a GPU on its tensor cores
     loss_scale: float = 65536.0  # start of the dynamic scale, for fp16
 
     def __post_init__(self) -> None:
         one_of("precision.amp", self.amp, ("auto", "bf16", "fp16", "fp32"))
         at_least("precision.loss_scale", self.loss_scale, 1)
+        if self.fused and self.compile:
+            raise ConfigError("precision.fused=true and precision.compile=true both fuse: leave one out")
+        if self.fused and not self.channels_last:
+            raise ConfigError("precision.fused=true needs precision.channels_last=true: its kernels read no other")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from trainer import losses, mix, optim, precision, schedule, teacher
 from trainer.config import Config, ConfigError
@@ -10,7 +11,7 @@ from trainer.data.loader import DataSet
 from trainer.distributed import World
 from trainer.ema import Average
 from trainer.loop import Learner, Mixing
-from trainer.models import build
+from trainer.models import build, cpu_norm
 from trainer.models.start import check_sizes
 from trainer.nonfinite import Skipping
 from trainer.plan import Plan
@@ -25,6 +26,7 @@ def create(config: Config, plan: Plan, here: World, data: DataSet) -> Learner:
         build.load_weights(model, config.model.weights, new_head=config.model.new_head)
     check_sizes(config.model, model, _sizes(config))
     dtype = precision.amp_dtype(config.precision, here.device)
+    _fuse(config, model, here)
     model = build.parallelize(
         model,
         here,
@@ -53,6 +55,18 @@ def create(config: Config, plan: Plan, here: World, data: DataSet) -> Learner:
         # Ranks and seeds a long way apart; the step is added to it.
         seed=(config.seed * 1_000_003 + here.rank) % 2**38 << 24,
     )
+
+
+def _fuse(config: Config, model: nn.Module, here: World) -> None:
+    """Fuse the norms of `model` where that is asked for, or the default and possible; ConfigError where it is not."""
+    precision, cpu = config.precision, here.device.type == "cpu"
+    if precision.fused and not cpu:
+        raise ConfigError(f"precision.fused=true has kernels for a CPU only, and device={here.device}: leave it out")
+    unasked = precision.fused is None and (precision.compile or not precision.channels_last)
+    if not cpu or precision.fused is False or unasked or config.distributed.sync_bn:
+        return
+    if not cpu_norm.fuse(model) and precision.fused:
+        raise ConfigError("precision.fused=true needs a C compiler (cc, gcc or clang) that works: install one")
 
 
 def _classes(config: Config, data: DataSet) -> int:

@@ -3,7 +3,8 @@
 Layer names, shapes, arithmetic and initialisation are torchvision's for v1.5, so a state dict of either loads strictly
 into the other; variant d has the names of timm's resnet50d for the same reason.
 
-Every ReLU goes through `norm_relu` or `Block.join`: to fuse BatchNorm, addition and ReLU, change those two.
+Every ReLU but those inside the deep stem goes through `norm_relu` or `Block.join`: there BatchNorm, addition and ReLU
+are fused.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.config import ConfigError, Model
+from trainer.models.cpu_norm import CpuBatchNorm2d
 
 
 def conv1x1(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
@@ -27,6 +29,8 @@ def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 
 def norm_relu(norm: nn.Module, x: Tensor) -> Tensor:
     """relu(norm(x)), of the shape of x."""
+    if isinstance(norm, CpuBatchNorm2d):
+        return norm.add_relu(x)
     return F.relu(norm(x), inplace=True)
 
 
@@ -80,11 +84,15 @@ class Block(nn.Module):
     downsample: nn.Module | None  # the shortcut, named as in torchvision; None: a plain network, which has none
     drop_path_rate = 0.0  # the network sets it, by depth
 
-    def join(self, branch: Tensor, x: Tensor) -> Tensor:
-        """relu(branch + shortcut(x)) of the input x and the normed end of the branch, or relu(branch) when plain."""
+    def join(self, norm: nn.Module, branch: Tensor, x: Tensor) -> Tensor:
+        """relu(norm(branch) + shortcut(x)), x being the input of the block; relu(norm(branch)) when plain."""
         if self.downsample is None:
-            return F.relu(branch, inplace=True)
-        if self.training and self.drop_path_rate > 0:
+            return norm_relu(norm, branch)
+        drops = self.training and self.drop_path_rate > 0
+        if isinstance(norm, CpuBatchNorm2d) and not drops:
+            return norm.add_relu(branch, self.downsample(x))
+        branch = norm(branch)
+        if drops:
             branch = drop_path(branch, self.drop_path_rate)
         return F.relu(branch.add_(self.downsample(x)), inplace=True)
 
@@ -108,7 +116,7 @@ class BasicBlock(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         branch = norm_relu(self.bn1, self.conv1(x))
-        return self.join(self.bn2(self.conv2(branch)), x)
+        return self.join(self.bn2, self.conv2(branch), x)
 
     def last_norm(self) -> nn.BatchNorm2d:
         return self.bn2
@@ -136,7 +144,7 @@ class Bottleneck(Block):
     def forward(self, x: Tensor) -> Tensor:
         branch = norm_relu(self.bn1, self.conv1(x))
         branch = norm_relu(self.bn2, self.conv2(branch))
-        return self.join(self.bn3(self.conv3(branch)), x)
+        return self.join(self.bn3, self.conv3(branch), x)
 
     def last_norm(self) -> nn.BatchNorm2d:
         return self.bn3

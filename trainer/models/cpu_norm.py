@@ -1,0 +1,188 @@
+"""BatchNorm on a CPU that does the addition and the ReLU after it in the same pass, forward and backward.
+
+torch's own backward pass of BatchNorm takes three times as long as its forward pass, and the ReLU and the sum are
+passes of their own: for ResNet-50 in fp32 a third of a step (benchmarks/README.md). The kernels are C (cpu_norm.c),
+compiled once a machine by the C compiler that is there; without one, torch's are used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+SOURCE = Path(__file__).with_name("cpu_norm.c")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno")
+TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
+
+
+class CpuBatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d with `add_relu`. Made of one by changing its class: names, parameters and statistics stay.
+
+    The kernels do what a training step does in channels-last memory; all else, evaluation too, is torch's.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._normed(x, None, relu=False) if self._can(x) else super().forward(x)
+
+    def add_relu(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        """relu(norm(x) + shortcut), of the shape and dtype of x (N, C, H, W); without a shortcut relu(norm(x))."""
+        if self._can(x) and (shortcut is None or shortcut.dtype == x.dtype):
+            return self._normed(x, shortcut, relu=True)
+        y = super().forward(x)
+        return F.relu(y if shortcut is None else y.add_(shortcut), inplace=True)
+
+    def _can(self, x: Tensor) -> bool:
+        return (
+            self.training
+            and self.momentum is not None
+            and x.dtype in TYPES
+            and x.numel() > x.shape[1]
+            and self.weight.dtype is torch.float32
+        )
+
+    def _normed(self, x: Tensor, shortcut: Tensor | None, *, relu: bool) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        if shortcut is not None:
+            shortcut = shortcut.contiguous(memory_format=torch.channels_last)
+        return _Norm.apply(x, shortcut, self.weight, self.bias, self, relu)
+
+
+class _Norm(torch.autograd.Function):
+    """In training; the running statistics of `norm` move in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, shortcut: Tensor | None, weight: Tensor, bias: Tensor, norm: CpuBatchNorm2d, relu: bool
+    ) -> Tensor:
+        rows, channels = x.numel() // x.shape[1], x.shape[1]
+        mean, variance = torch.empty(2, channels)
+        _call("moments", x, mean, variance, _scratch(rows, channels), rows, channels)
+        _remember(norm, mean, variance * (rows / (rows - 1)))
+        invstd = torch.rsqrt(variance + norm.eps)
+        scale = weight * invstd
+        shift = bias - mean * scale
+        y = torch.empty_like(x)
+        _call("normalise", x, shortcut, y, scale, shift, rows, channels, int(relu))
+        if shortcut is not None:  # whether the ReLU let a value through only y tells
+            ctx.save_for_backward(x, y, mean, invstd, weight, None, None)
+        else:  # x is read anyway
+            ctx.save_for_backward(x, None, mean, invstd, weight, *((scale, shift) if relu else (None, None)))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, mean, invstd, weight, scale, shift = ctx.saved_tensors
+        rows, channels = x.numel() // x.shape[1], x.shape[1]
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        passed = torch.empty_like(x) if y is not None else None
+        sums = torch.empty(2, channels)
+        given = dy, x, y, scale, shift, mean, passed, sums
+        _call("gradient_sums", *given, _scratch(rows, channels), rows, channels)
+        dbias, dweight = sums[0], sums[1] * invstd
+        a = weight * invstd
+        b = -a * invstd * dweight / rows
+        d = -a * dbias / rows - b * mean
+        dx = torch.empty_like(x)
+        _call("gradient", dy if passed is None else passed, x, scale, shift, dx, a, b, d, rows, channels)
+        return dx, passed, dweight, dbias, None, None
+
+
+def fuse(model: nn.Module) -> bool:
+    """Make, in place, every plain BatchNorm2d of `model` a CpuBatchNorm2d; False where no kernels can be had.
+
+    Our ResNets gain by `add_relu`, any other network by the norms alone.
+    """
+    if _library() is None:
+        return False
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d and module.affine and module.track_running_stats:
+            module.__class__ = CpuBatchNorm2d
+    return True
+
+
+@torch.no_grad()
+def _remember(norm: CpuBatchNorm2d, mean: Tensor, unbiased: Tensor) -> None:
+    norm.num_batches_tracked.add_(1)
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+    norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
+
+
+def _scratch(rows: int, channels: int) -> Tensor:
+    return torch.empty(2, _library().slabs(rows, channels), channels)
+
+
+def _call(name: str, *arguments: Tensor | int | None) -> None:
+    """Call a kernel of the type of the first tensor: tensors as pointers, sizes, and torch's number of threads."""
+    kernel = getattr(_library(), f"{name}_{TYPES[arguments[0].dtype]}")
+    words = []
+    for word in arguments:
+        if isinstance(word, int):
+            words.append(ctypes.c_int64(word))
+        else:
+            words.append(ctypes.c_void_p(None if word is None else word.data_ptr()))
+    kernel(*words, ctypes.c_int(torch.get_num_threads()))
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The kernels, compiled if this machine has not done so before; None where there is no compiler that can."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return None
+    try:
+        path = _cache() / f"cpu_norm-{_fingerprint(compiler)}.so"
+        if not path.exists():
+            _compile(compiler, path)
+        # OpenMP's functions are torch's own: a second pool of threads would fight with it for the cores.
+        library = ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    library.slabs.restype = ctypes.c_int64
+    library.slabs.argtypes = (ctypes.c_int64, ctypes.c_int64)
+    return library
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Compile to `path`, which other processes may do at the same time; OSError or SubprocessError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        compiled, linked = Path(folder) / "cpu_norm.o", Path(folder) / "cpu_norm.so"
+        # Linked without -fopenmp, which would name an OpenMP of the compiler's own.
+        for command in (
+            [compiler, *FLAGS, "-c", SOURCE, "-o", compiled],
+            [compiler, "-shared", compiled, "-o", linked],
+        ):
+            subprocess.run(command, check=True, capture_output=True, timeout=120)
+        os.replace(linked, path)
+
+
+def _fingerprint(compiler: str) -> str:
+    """Of all that the compiled file depends on: a home folder may serve machines of several kinds."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=30).stdout
+    parts = (SOURCE.read_bytes(), " ".join(FLAGS).encode(), version, platform.machine().encode(), _processor())
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _processor() -> bytes:
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    except OSError:
+        return platform.processor().encode()
+    return b"\n".join(sorted({line for line in lines if line.startswith((b"model name", b"flags", b"Features"))}))
+
+
+def _cache() -> Path:
+    return Path.home() / ".cache" / "imagenet-trainer" / "kernels"
