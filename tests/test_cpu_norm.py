@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from trainer import learner
+from trainer.config import Config, ConfigError, Precision
+from trainer.distributed import World
 from trainer.models import cpu_norm
 
 SHAPES = [(2, 3, 5, 7), (1, 64, 7, 7), (8, 70, 9, 3), (3, 256, 28, 28), (2, 2048, 7, 7), (1, 70_000, 2, 1)]
@@ -154,3 +157,24 @@ def test_a_compiler_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyP
         assert not cpu_norm.fuse(nn.Sequential(nn.BatchNorm2d(3))) and not list((tmp_path / "kernels").iterdir())
     finally:
         cpu_norm._library.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("fused", "compiler", "expected"),
+    [(None, False, nn.BatchNorm2d), (False, True, nn.BatchNorm2d), (True, False, None)],
+)
+def test_it_is_the_default_and_refused_only_where_it_was_asked_for(
+    fused: bool | None, compiler: bool, expected: type | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_norm, "_library", lambda: object() if compiler else None)
+    net, here = nn.Sequential(nn.BatchNorm2d(3)), World(0, 0, 1, 1, torch.device("cpu"))
+    config = Config(precision=Precision(fused=fused))
+    if expected is None:
+        with pytest.raises(ConfigError, match="precision.fused=true needs a C compiler"):
+            learner._fuse(config, net, here)
+        return
+    learner._fuse(config, net, here)
+    assert type(net[0]) is expected
+    monkeypatch.setattr(cpu_norm, "_library", lambda: object())
+    learner._fuse(Config(), net, here)
+    assert type(net[0]) is cpu_norm.CpuBatchNorm2d
