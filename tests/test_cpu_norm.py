@@ -170,7 +170,7 @@ def test_it_is_the_default_and_refused_only_where_it_was_asked_for(
     net, here = nn.Sequential(nn.BatchNorm2d(3)), World(0, 0, 1, 1, torch.device("cpu"))
     config = Config(precision=Precision(fused=fused))
     if expected is None:
-        with pytest.raises(ConfigError, match="precision.fused=true needs a C compiler"):
+        with pytest.raises(ConfigError, match=r"precision\.fused=true needs a C compiler"):
             learner._fuse(config, net, here)
         return
     learner._fuse(config, net, here)
