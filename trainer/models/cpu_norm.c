@@ -70,7 +70,7 @@ size slabs(size rows, size channels) {
 void NAME(moments)(const VALUE *restrict x, float *restrict mean, float *restrict variance, float *restrict scratch,
                    size rows, size channels, int threads) {
     const size each = slab_rows(channels), count = slabs(rows, channels);
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (size slab = 0; slab < count; slab++) {
         const size first = slab * each, last = MIN(first + each, rows);
         float *restrict sum = scratch + 2 * slab * channels, *restrict squares = sum + channels;
@@ -123,7 +123,7 @@ void NAME(normalise)(const VALUE *restrict x, const VALUE *restrict shortcut, VA
                      int threads) {
     /* NaN stays NaN: it is not below the floor. */
     const float floor = relu ? 0.0f : -INFINITY;
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (size row = 0; row < rows; row++) {
         const VALUE *restrict in = x + row * channels;
         VALUE *restrict out = y + row * channels;
@@ -149,7 +149,7 @@ void NAME(gradient_sums)(const VALUE *restrict dy, const VALUE *restrict x, cons
                          VALUE *restrict passed, float *restrict sums, float *restrict scratch, size rows,
                          size channels, int threads) {
     const size each = slab_rows(channels), count = slabs(rows, channels);
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (size slab = 0; slab < count; slab++) {
         const size first = slab * each, last = MIN(first + each, rows);
         float *restrict sum = scratch + 2 * slab * channels, *restrict products = sum + channels;
@@ -190,7 +190,7 @@ void NAME(gradient_sums)(const VALUE *restrict dy, const VALUE *restrict x, cons
 void NAME(gradient)(const VALUE *restrict dy, const VALUE *restrict x, const float *restrict scale,
                     const float *restrict shift, VALUE *restrict dx, const float *restrict a, const float *restrict b,
                     const float *restrict d, size rows, size channels, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (size row = 0; row < rows; row++) {
         const VALUE *restrict at = x + row * channels, *restrict coming = dy + row * channels;
         VALUE *restrict out = dx + row * channels;

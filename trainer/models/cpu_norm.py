@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 SOURCE = Path(__file__).with_name("cpu_norm.c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno")
+GRAIN = 32768  # values that are worth a thread, as torch finds
 TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
 
@@ -125,7 +126,7 @@ def _scratch(rows: int, channels: int) -> Tensor:
 
 
 def _call(name: str, *arguments: Tensor | int | None) -> None:
-    """Call a kernel of the type of the first tensor: tensors as pointers, sizes, and torch's number of threads."""
+    """Call a kernel of the first tensor's type: tensors as pointers, sizes, and torch's threads where they are worth it."""
     kernel = getattr(_library(), f"{name}_{TYPES[arguments[0].dtype]}")
     words = []
     for word in arguments:
@@ -133,7 +134,8 @@ def _call(name: str, *arguments: Tensor | int | None) -> None:
             words.append(ctypes.c_int64(word))
         else:
             words.append(ctypes.c_void_p(None if word is None else word.data_ptr()))
-    kernel(*words, ctypes.c_int(torch.get_num_threads()))
+    threads = min(torch.get_num_threads(), arguments[0].numel() // GRAIN)
+    kernel(*words, ctypes.c_int(max(1, threads)))
 
 
 @functools.cache
