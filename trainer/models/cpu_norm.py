@@ -126,7 +126,7 @@ def _scratch(rows: int, channels: int) -> Tensor:
 
 
 def _call(name: str, *arguments: Tensor | int | None) -> None:
-    """Call a kernel of the first tensor's type: tensors as pointers, sizes, and torch's threads where they are worth it."""
+    """Call a kernel of the first tensor's type: pointers and sizes, and as many of torch's threads as are worth it."""
     kernel = getattr(_library(), f"{name}_{TYPES[arguments[0].dtype]}")
     words = []
     for word in arguments:
