@@ -25,6 +25,6 @@ def test_a_cpu_autocasts_where_bf16_is_faster(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    monkeypatch.setattr(environment, "processor_vendor", lambda: vendor)
+    monkeypatch.setattr(environment, "processor", lambda: {"vendor_id": vendor})
     assert amp_dtype(Precision(), torch.device("cpu")) is expected
     assert amp_dtype(Precision(amp="bf16"), torch.device("cpu")) is torch.bfloat16

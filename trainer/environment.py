@@ -64,13 +64,19 @@ def host() -> str:
     return socket.gethostname()
 
 
-def processor_vendor() -> str:
-    """As the kernel names it, GenuineIntel or AuthenticAMD; empty where it does not, as on ARM."""
+def processor() -> dict[str, str]:
+    """What the kernel says of the first processor, as `vendor_id` and `model name`; empty where it says nothing."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
     except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+        return {}
+    lines = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in lines}
+
+
+def cache(name: str) -> Path:
+    """This user's folder for what can be made anew; RuntimeError where the user has no home."""
+    return Path.home() / ".cache" / "imagenet-trainer" / name
 
 
 def has_wandb_key() -> bool:

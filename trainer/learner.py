@@ -59,13 +59,13 @@ def create(config: Config, plan: Plan, here: World, data: DataSet) -> Learner:
 
 def _fuse(config: Config, model: nn.Module, here: World) -> None:
     """Fuse the norms of `model` where that is asked for, or the default and possible; ConfigError where it is not."""
-    precision, cpu = config.precision, here.device.type == "cpu"
-    if precision.fused and not cpu:
+    options, cpu = config.precision, here.device.type == "cpu"
+    if options.fused and not cpu:
         raise ConfigError(f"precision.fused=true has kernels for a CPU only, and device={here.device}: leave it out")
-    unasked = precision.fused is None and (precision.compile or not precision.channels_last)
-    if not cpu or precision.fused is False or unasked or config.distributed.sync_bn:
+    unasked = options.fused is None and (options.compile or not options.channels_last)
+    if not cpu or options.fused is False or unasked or config.distributed.sync_bn:
         return
-    if not cpu_norm.fuse(model) and precision.fused:
+    if not cpu_norm.fuse(model) and options.fused:
         raise ConfigError("precision.fused=true needs a C compiler (cc, gcc or clang) that works: install one")
 
 

@@ -15,7 +15,7 @@ def keep_freed() -> bool:
     A training step on a CPU frees and takes the same gigabytes again. glibc returns blocks of 32 MiB and more to the
     kernel at once, and whatever is free at the heap's top, so that each step faults all its pages in anew: a million
     faults a step for ResNet-50 in fp32 at batch 32, without which it takes 0.77 of the time
-    (benchmarks/README.md). The price is a heap that does not shrink, of 1.18 times the memory there.
+    (benchmarks/README.md). The price is a heap that does not shrink, of 1.19 times the memory there.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     options = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, _PAD))

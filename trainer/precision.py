@@ -51,4 +51,4 @@ def _cpu_multiplies_bf16() -> bool:
     hides AMX. On a processor without either, bf16 is emulated, many times slower than fp32.
     """
     amx, avx512 = (getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    return amx or (avx512 and environment.processor_vendor() == "AuthenticAMD")
+    return amx or (avx512 and environment.processor().get("vendor_id") == "AuthenticAMD")

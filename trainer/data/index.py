@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from trainer import environment
 from trainer.data import shards
 from trainer.data.jpeg import measure_all
 from trainer.data.table import CACHE_NAME, DataError, Index, Progress, assemble, load, store
@@ -77,7 +78,7 @@ def open_split(root: str | Path, names: tuple[str, ...], progress: Progress | No
 
 def _kept(root: Path, file: str, scan: Any, unchanged: Any, cache_dir: str | Path | None) -> Index:
     """The index that is kept beside the data or, where that is read-only, in a cache folder; else what `scan` finds."""
-    home = Path(cache_dir) if cache_dir is not None else Path.home() / ".cache" / "imagenet-trainer" / "index"
+    home = Path(cache_dir) if cache_dir is not None else environment.cache("index")
     places = (root / file, home / (hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:32] + file))
     for place in places:
         index = load(place, root, unchanged)

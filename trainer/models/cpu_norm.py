@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from trainer import environment
+
 SOURCE = Path(__file__).with_name("cpu_norm.c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno")
 GRAIN = 32768  # values that are worth a thread, as torch finds
@@ -145,12 +147,12 @@ def _library() -> ctypes.CDLL | None:
     if compiler is None:
         return None
     try:
-        path = _cache() / f"cpu_norm-{_fingerprint(compiler)}.so"
+        path = environment.cache("kernels") / f"cpu_norm-{_fingerprint(compiler)}.so"
         if not path.exists():
             _compile(compiler, path)
         # OpenMP's functions are torch's own: a second pool of threads would fight with it for the cores.
         library = ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: the user has no home
         return None
     library.slabs.restype = ctypes.c_int64
     library.slabs.argtypes = (ctypes.c_int64, ctypes.c_int64)
@@ -174,17 +176,6 @@ def _compile(compiler: str, path: Path) -> None:
 def _fingerprint(compiler: str) -> str:
     """Of all that the compiled file depends on: a home folder may serve machines of several kinds."""
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=30).stdout
-    parts = (SOURCE.read_bytes(), " ".join(FLAGS).encode(), version, platform.machine().encode(), _processor())
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-
-
-def _processor() -> bytes:
-    try:
-        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
-    except OSError:
-        return platform.processor().encode()
-    return b"\n".join(sorted({line for line in lines if line.startswith((b"model name", b"flags", b"Features"))}))
-
-
-def _cache() -> Path:
-    return Path.home() / ".cache" / "imagenet-trainer" / "kernels"
+    kind = environment.processor()
+    words = [*FLAGS, platform.machine(), *(kind.get(key, "") for key in ("model name", "flags", "Features"))]
+    return hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, *(w.encode() for w in words)])).hexdigest()[:16]
