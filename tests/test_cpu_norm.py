@@ -175,3 +175,12 @@ def test_it_is_the_default_and_refused_only_where_it_was_asked_for(
     monkeypatch.setattr(cpu_norm, "_library", lambda: object())
     learner._fuse(Config(), net, here)
     assert type(net[0]) is cpu_norm.CpuBatchNorm2d
+
+
+@needs_compiler
+def test_bf16_is_float32_rounded_to_nearest() -> None:
+    torch.manual_seed(0)
+    norm = both(64)[0]
+    x, shortcut = (leaf(torch.randn(4, 64, 14, 14), torch.bfloat16) for _ in range(2))
+    exact = norm.add_relu(x.float(), shortcut.float())
+    assert torch.equal(norm.add_relu(x, shortcut), exact.bfloat16()) and not torch.equal(exact, exact.bfloat16().float())
