@@ -183,4 +183,5 @@ def test_bf16_is_float32_rounded_to_nearest() -> None:
     norm = both(64)[0]
     x, shortcut = (leaf(torch.randn(4, 64, 14, 14), torch.bfloat16) for _ in range(2))
     exact = norm.add_relu(x.float(), shortcut.float())
-    assert torch.equal(norm.add_relu(x, shortcut), exact.bfloat16()) and not torch.equal(exact, exact.bfloat16().float())
+    rounded = exact.bfloat16()
+    assert torch.equal(norm.add_relu(x, shortcut), rounded) and not torch.equal(exact, rounded.float())
