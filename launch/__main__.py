@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from launch import profile, record
+from launch import plan, profile, record
 from trainer.config import ConfigError
 
 MISTAKE = 2
@@ -135,6 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     freeze.add_argument("--nodes", type=int, default=1)
     freeze.add_argument("--ranks-per-node", type=int, default=1)
     freeze.set_defaults(command=_freeze)
+
+    plan.add_to(commands)
 
     status = commands.add_parser("status", help="where runs stand: queue, step, accuracy, speed, time left")
     status.add_argument("runs", nargs="+", metavar="RUN")

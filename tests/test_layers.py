@@ -14,17 +14,17 @@ COLUMNS = [
     {"mistakes"},
     {"config_augment", "config_data", "config_model", "config_optim", "config_contradictions"},
     {"config"},
-    {"configfile", "plan", "environment", "memory", "signals", "rendezvous"},
+    {"configfile", "plan", "timeline", "environment", "memory", "signals", "rendezvous"},
     {"distributed"},
     {"data", "models", "watchdog", "lars"},
     {"optim", "schedule", "losses", "mix", "ema", "metrics", "confusion", "precision", "snapshot", "nonfinite", "sam"},
-    {"labels", "calibration", "picture_grid", "exposed"},
+    {"labels", "calibration", "picture_grid", "exposed", "compression"},
     {"divergence", "teacher", "precise", "balance"},
     {"loop", "evaluate"},
     {"checkpoint", "report", "state", "learner", "tally", "machine"},
     {"retention", "intake", "accuracy", "answers", "target"},
     {"resume", "saver", "card"},
-    {"train", "evaluation", "benchmark", "study", "predict", "export"},
+    {"train", "evaluation", "benchmark", "recording", "study", "predict", "export"},
     {"readiness"},
     {"__main__"},
 ]
@@ -73,8 +73,9 @@ def test_data_package_has_an_order_of_its_own() -> None:
 
 
 def test_launch_has_an_order_of_its_own() -> None:
-    columns = [{"attempt", "affinity", "snapshot", "queue", "profile"}, {"record"}, {"job", "script", "state"}]
-    columns += [{"submit", "status", "logs", "cancel", "sync"}, {"sweep"}, {"__main__"}]
+    columns = [{"attempt", "affinity", "snapshot", "queue", "profile", "link"}]
+    columns += [{"record", "scaling"}, {"job", "script", "state"}]
+    columns += [{"submit", "status", "logs", "cancel", "sync", "plan"}, {"sweep"}, {"__main__"}]
     for path in LAUNCHER:
         at = next((i for i, column in enumerate(columns) if path.stem in column), None)
         assert at is not None or path.stem == "__init__", f"{path} has no place"

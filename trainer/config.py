@@ -78,11 +78,14 @@ class Distributed:
 
     timeout: float = 600.0  # seconds after which a rank that waits for another gives up
     bucket_mb: int = 25  # gradients that are reduced together, DDP's default
+    # As what gradients travel between ranks: fp32 | bf16 (half the bytes; summed in fp32, trainer/compression.py)
+    gradients: str = "fp32"
     sync_bn: bool = False  # BatchNorm over all ranks
     hang_after: float = 300.0  # seconds without progress after which the run names the rank that holds it up, and ends
     check_every: int = 100  # steps between comparisons of the ranks' weights; 0: never
 
     def __post_init__(self) -> None:
+        one_of("distributed.gradients", self.gradients, ("fp32", "bf16"))
         at_least("distributed.timeout", self.timeout, 1)
         at_least("distributed.hang_after", self.hang_after, 1)
         at_least("distributed.check_every", self.check_every, 0)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer.config import ConfigError, Model
@@ -240,21 +241,28 @@ def parallelize(
         # Inside DDP, because it compiles at the first call, and torch._dynamo cuts the graph at DDP's buckets only
         # within DDP's forward: that is what lets the reduction overlap with the backward pass.
         model = typing.cast(nn.Module, torch.compile(model))
-    if world.size > 1:
-        model = DistributedDataParallel(
-            model,
-            device_ids=[world.device] if world.device.type == "cuda" else None,
-            bucket_cap_mb=bucket_mb,
-            gradient_as_bucket_view=True,
-            # static_graph settles the reduction in the first backward pass, which under accumulation is in no_sync.
-            static_graph=False,
-        )
-        # Broadcasting would send rank 0's BatchNorm statistics before every forward pass and throw away what the other
-        # ranks have seen. So each rank keeps its own, and averaged_buffers makes one of them when it counts. It is set
-        # only here because DDP's argument of this name leaves out the broadcast at the start as well (PyTorch #111138),
-        # and forward_sync_buffers, which does not, came with PyTorch 2.13.
-        model.broadcast_buffers = False
-    return model
+    return data_parallel(model, world.device, bucket_mb) if world.size > 1 else model
+
+
+def data_parallel(
+    model: nn.Module, device: torch.device, bucket_mb: int, group: ProcessGroup | None = None
+) -> DistributedDataParallel:
+    """`model` in DDP over the ranks of `group`, all of them by default; they leave with the first one's weights."""
+    wrapped = DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        process_group=group,
+        bucket_cap_mb=bucket_mb,
+        gradient_as_bucket_view=True,
+        # static_graph settles the reduction in the first backward pass, which under accumulation is in no_sync.
+        static_graph=False,
+    )
+    # Broadcasting would send rank 0's BatchNorm statistics before every forward pass and throw away what the other
+    # ranks have seen. So each rank keeps its own, and averaged_buffers makes one of them when it counts. It is set
+    # only here because DDP's argument of this name leaves out the broadcast at the start as well (PyTorch #111138),
+    # and forward_sync_buffers, which does not, came with PyTorch 2.13.
+    wrapped.broadcast_buffers = False
+    return wrapped
 
 
 def settle_buckets(model: nn.Module, world: World, image_size: int) -> None:
