@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from trainer import losses, mix, optim, precision, schedule, teacher
+from trainer import compression, losses, mix, optim, precision, schedule, teacher
 from trainer.config import Config, ConfigError
 from trainer.data.loader import DataSet
 from trainer.distributed import World
@@ -35,6 +35,8 @@ def create(config: Config, plan: Plan, here: World, data: DataSet) -> Learner:
         bucket_mb=config.distributed.bucket_mb,
         sync_bn=config.distributed.sync_bn,
     )
+    if config.distributed.gradients == "bf16" and here.size > 1:
+        compression.compress(model, here, config.distributed.timeout)
     build.settle_buckets(model, here, config.data.image_size)
     return Learner(
         model=model,

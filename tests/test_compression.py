@@ -1,0 +1,123 @@
+"""Gradients that travel as bfloat16, in real processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import summary, torchrun
+from nets import CPU, images, ours
+from torch import nn
+
+from trainer import checkpoint, compression
+from trainer.distributed import World
+from trainer.exposed import Backward
+from trainer.models import build
+
+U = 2.0**-8  # by which a bfloat16 may be off, relatively
+
+
+def one_of(rank: int, ranks: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    patience = timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=patience)
+    world = World(rank=rank, local_rank=rank, size=ranks, local_size=ranks, device=CPU)
+    bare = ours("resnet20").eval()
+    model = build.data_parallel(ours("resnet20").eval(), CPU, 1)
+    compression.compress(model, world, 120)
+    mine = images(2 * ranks, 16)[2 * rank : 2 * rank + 2]
+
+    def loss(network: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(network(batch), torch.arange(len(batch)))
+
+    def taken(network: nn.Module) -> list[torch.Tensor]:
+        return [p.grad.clone() for p in network.parameters()]
+
+    result = {}
+    loss(bare, mine).backward()
+    result["own"] = taken(bare)
+    backward = Backward(CPU, int)
+    for name in ("first", "second"):  # DDP lays its buckets out anew in between
+        model.zero_grad()
+        backward(loss(model, mine), reduces=True)
+        result[name] = taken(model)
+    model.zero_grad()
+    with model.no_sync():
+        loss(model, mine[:1]).backward()
+    loss(model, mine[1:]).backward()
+    result["accumulated"] = taken(model)
+    bare.zero_grad()
+    loss(bare, mine[:1]).backward()
+    loss(bare, mine[1:]).backward()
+    result["own accumulated"] = taken(bare)
+    result["waits"] = [wait.seconds for wait in backward.waits]
+    torch.save(result, folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_all_ranks_get_the_float32_mean_rounded_twice(tmp_path: Path, ranks: int) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    others = [spawn.Process(target=one_of, args=(rank, ranks, tmp_path), daemon=True) for rank in range(ranks)]
+    for other in others:
+        other.start()
+    for other in others:
+        other.join(240)
+    assert [other.exitcode for other in others] == [0] * ranks
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
+    for name, own in (("first", "own"), ("second", "own"), ("accumulated", "own accumulated")):
+        for index, reduced in enumerate(found[0][name]):
+            assert all(torch.equal(reduced, other[name][index]) for other in found), "bitwise the same everywhere"
+            assert torch.equal(reduced, reduced.bfloat16().float())
+            each = torch.stack([other[own][index] for other in found]).double()
+            exact, size = each.mean(0), each.abs().mean(0)
+            assert ((reduced - exact).abs() <= U * size + U * (exact.abs() + U * size) + 1e-7 * size).all()
+        assert any(not torch.equal(a, b) for a, b in zip(found[0][own], found[1][own])), "ranks differ"
+    # Buckets changed between the passes, and sums did not.
+    assert all(map(torch.equal, found[0]["first"], found[0]["second"]))
+    assert all(seconds > 0 for other in found for seconds in other["waits"])
+
+
+def test_the_error_does_not_grow_with_the_ranks_as_bfloat16_sums_do() -> None:
+    def errors(ranks: int) -> tuple[float, float]:
+        shards = torch.rand(ranks, 1000, generator=torch.Generator().manual_seed(0)).bfloat16()
+        exact, in_bf16 = shards.double().mean(0), shards[0].clone()
+        for shard in shards[1:]:
+            in_bf16 += shard
+        off = [
+            ((mean - exact).abs() / exact).max().item()
+            for mean in (compression.mean_of_shards(shards), in_bf16 / ranks)
+        ]
+        return off[0], off[1]
+
+    for ranks in (2, 8, 64, 512):
+        ours, theirs = errors(ranks)
+        assert ours <= U, "rounded once"
+        assert ranks < 64 or theirs > ranks / 16 * ours
+
+
+@pytest.mark.end_to_end
+@pytest.mark.timeout(900)
+def test_a_stopped_run_goes_on_bitwise(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(
+        "{device: cpu, global_batch_size: 12, max_batch_per_gpu: 2, data: {source: synthetic, synthetic_samples: 120, "
+        "synthetic_classes: 10, image_size: 16}, model: {name: resnet20}, loop: {eval_every: 0}, schedule: {epochs: 2, "
+        "warmup_epochs: 0}, checkpoint: {every_steps: 2}, report: {wandb: disabled}, "
+        "distributed: {gradients: bf16, bucket_mb: 1}}"
+    )
+
+    def weights(name: str, *steps: int) -> dict[str, torch.Tensor]:
+        for last in steps:
+            arguments = [tmp_path / "c.yaml", f"output_dir={tmp_path / name}", f"loop.max_steps={last}"]
+            done = torchrun("train", *arguments, ranks=3, timeout=400)
+            assert done.status == 0, done.errors
+        assert summary(tmp_path / name)["steps"] == 4
+        return checkpoint.load(checkpoint.newest_whole(tmp_path / name / "checkpoints"))["model"]
+
+    whole, resumed = weights("whole", 4), weights("resumed", 2, 4)
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
