@@ -78,16 +78,7 @@ def _timed(learned: Learner, batches: Iterator, recorder: Recorder, images: int,
     seconds = (
         block(count) / count if recorder.device.type == "cuda" else statistics.median(block(1) for _ in range(count))
     )
-    passes = [single.seconds() for single in recorder.passes]
-    buckets = [Bucket(size, statistics.median(p.ready[i] for p in passes)) for i, size in enumerate(passes[0].bytes)]
-    return Timeline(
-        device=_name(recorder.device),
-        images=images,
-        step=seconds,
-        backward=statistics.median(p.backward for p in passes),
-        buckets=tuple(buckets),
-        passes=len(passes) / count,
-    )
+    return recorder.timeline(images, seconds, count)
 
 
 @dataclass(frozen=True)
@@ -131,6 +122,21 @@ class Recorder:
             self._current.end = _now(self.device)
             self.passes.append(self._current)
         self._current = _Pass(_now(self.device)) if phase == "backward" else None
+
+    def timeline(self, images: int, step: float, steps: int) -> Timeline:
+        """Of the `steps` steps of `images` images noted since `passes` was empty, each `step` seconds long."""
+        passes = [single.seconds() for single in self.passes]
+        buckets = [
+            Bucket(size, statistics.median(p.ready[i] for p in passes)) for i, size in enumerate(passes[0].bytes)
+        ]
+        return Timeline(
+            device=_name(self.device),
+            images=images,
+            step=step,
+            backward=statistics.median(p.backward for p in passes),
+            buckets=tuple(buckets),
+            passes=len(passes) / steps,
+        )
 
     def _ready(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         gradients = bucket.buffer()
