@@ -142,7 +142,7 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _tail(log: Path) -> str:
-    return "\n".join(log.read_text().splitlines()[-30:])
+    return "\n".join(log.read_text().splitlines()[-80:])
 
 
 def main() -> None:
