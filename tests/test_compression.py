@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from datetime import timedelta
 from pathlib import Path
 
@@ -81,6 +82,33 @@ def test_all_ranks_get_the_float32_mean_rounded_twice(tmp_path: Path, ranks: int
     # Buckets changed between the passes, and sums did not.
     assert all(map(torch.equal, found[0]["first"], found[0]["second"]))
     assert all(seconds > 0 for other in found for seconds in other["waits"])
+
+
+def left_alone(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    store, patience = f"file://{folder}/store", timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
+    model = build.data_parallel(ours("resnet20").eval(), CPU, 1)
+    compression.compress(model, World(rank=rank, local_rank=rank, size=2, local_size=2, device=CPU), 120)
+    model(images(2, 16)).sum().backward()
+    if rank == 1:
+        os._exit(0)
+    try:
+        model(images(2, 16)).sum().backward()
+    except RuntimeError as error:
+        (folder / "error").write_text(str(error))
+    os._exit(0)
+
+
+def test_a_lost_rank_ends_the_pass_with_gloos_own_error(tmp_path: Path) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    both = [spawn.Process(target=left_alone, args=(rank, tmp_path), daemon=True) for rank in (0, 1)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(240)
+    assert [process.exitcode for process in both] == [0, 0]
+    assert "gloo" in (tmp_path / "error").read_text()  # by which trainer/watchdog.py knows it
 
 
 def test_the_error_does_not_grow_with_the_ranks_as_bfloat16_sums_do() -> None:

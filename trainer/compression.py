@@ -93,8 +93,8 @@ def _in_thread(group: dist.ProcessGroup) -> Callable[[Tensor], torch.futures.Fut
             gradients, future = waiting.get()
             try:
                 mean(gradients, group)
-            except Exception as error:  # a lost rank: it is DDP's wait that raises it
-                future.set_exception(error)
+            except Exception as error:
+                future.set_result(error)
             else:
                 future.set_result(gradients)
 
@@ -104,6 +104,14 @@ def _in_thread(group: dist.ProcessGroup) -> Callable[[Tensor], torch.futures.Fut
     def reduce(gradients: Tensor) -> torch.futures.Future:
         future: torch.futures.Future = torch.futures.Future()
         waiting.put((gradients, future))
-        return future
+        return future.then(_raised)
 
     return reduce
+
+
+def _raised(future: torch.futures.Future) -> Tensor:
+    """What a callback raises DDP's wait raises too; what set_exception is given it would take for gradients."""
+    found = future.value()
+    if isinstance(found, Exception):
+        raise found
+    return found
