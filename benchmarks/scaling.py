@@ -51,6 +51,7 @@ from trainer.recording import Recorder  # noqa: E402
 from trainer.timeline import Timeline  # noqa: E402
 
 CASES = ("resnet20,32,64", "resnet50,64,16", "resnet50,224,8")
+GPU_CASES = ("resnet50,224,256",)
 VARIANTS = {
     "fp32": Distributed(),
     "bf16": Distributed(gradients="bf16"),
@@ -247,7 +248,7 @@ def _spread(found: list[float]) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=1 if torch.cuda.is_available() else 2)
-    parser.add_argument("--case", nargs="+", default=CASES, metavar="NAME,SIZE,BATCH")
+    parser.add_argument("--case", nargs="+", metavar="NAME,SIZE,BATCH")
     parser.add_argument("--variants", nargs="+", default=["fp32", "bf16"], choices=VARIANTS)
     parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="a block")
@@ -256,7 +257,7 @@ def main() -> None:
     result = about() | {"ranks": options.ranks, "blocks": options.blocks, "steps": options.steps, "cases": {}}
     ranks = Ranks(options.ranks)
     try:
-        for case in options.case:
+        for case in options.case or (GPU_CASES if torch.cuda.is_available() and options.ranks == 1 else CASES):
             variants = options.variants if options.ranks > 1 else []
             found = run(ranks, case, variants, options.blocks, options.steps)
             result["cases"][case] = found
