@@ -98,7 +98,7 @@ class Rank:
         names = tuple(f"class{i}" for i in range(classes))
         self._data = DataSet(None, None, self._config.data.synthetic_samples, names, "synthetic")
         precision.set_kernels(self._config, self.device)
-        self._recorder = Recorder(self.device)
+        self._recorder = Recorder(self._single)
         self._learned = {"alone": self._create(self._single, Distributed())}
         for what in ("wrapped", "recorded"):
             made = self._create(self._single, Distributed())

@@ -157,9 +157,8 @@ def _point(
         why = f"global_batch_size={total} does not divide among {ranks} ranks"
         why += "" if total >= ranks else ": less than an image each"
         return Point(nodes=nodes, ranks=ranks, notes={IMPOSSIBLE: why})
-    scaled = replace(config, global_batch_size=share * ranks)
     try:
-        plan = Plan.of(scaled, ranks, samples)
+        plan = Plan.of(replace(config, global_batch_size=share * ranks), ranks, samples)
     except ConfigError as error:
         return Point(nodes=nodes, ranks=ranks, images=share, global_batch=share * ranks, notes={IMPOSSIBLE: str(error)})
     timeline = at(timelines, share)

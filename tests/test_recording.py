@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from nets import CPU, images, ours
+from nets import ALONE, CPU, images, ours
 
 from launch.__main__ import main
 from trainer import recording
-from trainer.config import Config, Data, Distributed, Model, Optim
+from trainer.config import Augment, Config, ConfigError, Data, Distributed, Model, Optim
 from trainer.models import build
 
 SMALL = Config(
@@ -48,7 +48,7 @@ def test_recording_leaves_gradients_as_they_are_and_sees_the_buckets_that_ddp_se
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         model = build.data_parallel(wrapped, CPU, 1)
-        recorder = recording.Recorder(CPU)
+        recorder = recording.Recorder(ALONE)
         recorder.watch(model)
         for _ in range(2):
             bare.zero_grad()
@@ -63,6 +63,16 @@ def test_recording_leaves_gradients_as_they_are_and_sees_the_buckets_that_ddp_se
     order = came[: len(came) // 2]
     settled, _ = dist._compute_bucket_assignment_by_size(order, [2**20])  # as the reducer does after its first pass
     assert recorder.passes[1].bytes == [sum(order[i].nbytes for i in bucket) for bucket in settled]
+
+
+def test_what_does_not_fit_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:  # as a GPU does
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(recording, "_timed", full)
+    with pytest.raises(ConfigError, match=r"4 images a step do not fit .*CPU.*: set max_batch_per_gpu=N"):
+        recording.measure(replace(SMALL, global_batch_size=6, augment=Augment(repeats=3)), 4)
+    assert not dist.is_initialized()
 
 
 @pytest.mark.timeout(600)

@@ -43,11 +43,12 @@ def measure(config: Config, images: int, steps: int | None = None) -> Timeline:
         steps: timed ones; None: as many as fit in SECONDS, at least 3.
 
     Raises:
-        ConfigError: the device or the environment is not fit, or this process is one of several ranks.
+        ConfigError: the device or the environment is not fit, this process is one of several ranks, or the images do
+            not fit into the device's memory.
     """
     classes = config.model.num_classes or config.data.synthetic_classes
     data = replace(config.data, source="synthetic", synthetic_classes=classes, synthetic_samples=1_281_167)
-    config = replace(config, global_batch_size=images, data=data)
+    config = replace(config, global_batch_size=images, data=data, augment=replace(config.augment, repeats=1))
     with world(config) as here:
         if here.size > 1:
             raise ConfigError(f"a timeline is one process's, and this is one of {here.size} ranks: start it alone")
@@ -57,10 +58,16 @@ def measure(config: Config, images: int, steps: int | None = None) -> Timeline:
         with _group_of_one(here):
             learned = learner.create(config, plan, here, found)
             wrapped = build.data_parallel(learned.model, here.device, config.distributed.bucket_mb)
-            recorder = Recorder(here.device, half=config.distributed.gradients == "bf16")
+            recorder = Recorder(here, half=config.distributed.gradients == "bf16")
             recorder.watch(wrapped)
             batches = TrainingBatches(config, found, plan, here, 0)
-            return _timed(replace(learned, model=wrapped), batches, recorder, images, steps)
+            try:
+                return _timed(replace(learned, model=wrapped), batches, recorder, images, steps)
+            except torch.OutOfMemoryError as error:
+                raise ConfigError(
+                    f"{images} images a step do not fit into the memory of {here.device_name}: set max_batch_per_gpu=N "
+                    "to accumulate them"
+                ) from error
 
 
 def _timed(learned: Learner, batches: Iterator, recorder: Recorder, images: int, steps: int | None) -> Timeline:
@@ -106,9 +113,9 @@ class Recorder:
     `enter` is for train_steps. Passes of a step that reduce nothing are left out.
     """
 
-    def __init__(self, device: torch.device, *, half: bool = False) -> None:
+    def __init__(self, here: World, *, half: bool = False) -> None:
         """`half`: gradients are to travel as bfloat16, so rounding them belongs to the pass."""
-        self.device, self._half = device, half
+        self.device, self._name, self._half = here.device, here.device_name, half
         self.passes: list[_Pass] = []
         self._current: _Pass | None = None
 
@@ -130,7 +137,7 @@ class Recorder:
             Bucket(size, statistics.median(p.ready[i] for p in passes)) for i, size in enumerate(passes[0].bytes)
         ]
         return Timeline(
-            device=_name(self.device),
+            device=self._name,
             images=images,
             step=step,
             backward=statistics.median(p.backward for p in passes),
@@ -170,9 +177,3 @@ def _now(device: torch.device) -> Moment:
 
 def _between(begin: Moment, end: Moment) -> float:
     return begin.elapsed_time(end) / 1000 if isinstance(begin, torch.cuda.Event) else end - begin
-
-
-def _name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({torch.get_num_threads()} threads)"
