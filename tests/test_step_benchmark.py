@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
-from turns import Candidate, Lost  # noqa: E402
+from turns import Candidate, Lost
 
 ECHO = """
 import os, sys

@@ -31,7 +31,8 @@ class Precision:
     amp: str = "auto"  # auto (bf16 where the hardware is faster at it, else fp32) | bf16 | fp16 (GradScaler) | fp32
     channels_last: bool = True
     compile: bool = False  # torch.compile
-    # BatchNorm, addition and ReLU in one pass; None: on a CPU that has a C compiler, unless `compile` fuses
+    # BatchNorm, addition and ReLU in one pass; None: on a CPU that has a C compiler, unless `compile` fuses (on a GPU
+    # only true does, by Triton's kernels: not measured there)
     fused: bool | None = None
     tf32: bool = True  # fp32 matrix products of a GPU on its tensor cores
     loss_scale: float = 65536.0  # start of the dynamic scale, for fp16

@@ -37,3 +37,8 @@ def refuse_contradictions(config: Any) -> None:  # a Config, which is made of wh
         raise ConfigError(
             f"model.head_prior=true is for loss.name=bce, not for loss.name={config.loss.name}: leave it out"
         )
+    if config.precision.fused and config.distributed.sync_bn:
+        raise ConfigError(
+            "precision.fused=true norms the images of one rank, and distributed.sync_bn=true those of all: "
+            "leave one out"
+        )

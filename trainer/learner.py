@@ -11,7 +11,7 @@ from trainer.data.loader import DataSet
 from trainer.distributed import World
 from trainer.ema import Average
 from trainer.loop import Learner, Mixing
-from trainer.models import build, cpu_norm
+from trainer.models import build, cpu_norm, gpu_norm
 from trainer.models.start import check_sizes
 from trainer.nonfinite import Skipping
 from trainer.plan import Plan
@@ -60,13 +60,16 @@ def create(config: Config, plan: Plan, here: World, data: DataSet) -> Learner:
 def _fuse(config: Config, model: nn.Module, here: World) -> None:
     """Fuse the norms of `model` where that is asked for, or the default and possible; ConfigError where it is not."""
     options, cpu = config.precision, here.device.type == "cpu"
-    if options.fused and not cpu:
-        raise ConfigError(f"precision.fused=true has kernels for a CPU only, and device={here.device}: leave it out")
-    unasked = options.fused is None and (options.compile or not options.channels_last)
-    if not cpu or options.fused is False or unasked or config.distributed.sync_bn:
+    # On a GPU only where it is asked for: not measured on a GPU.
+    unasked = options.fused is None and (not cpu or options.compile or not options.channels_last)
+    if options.fused is False or unasked or config.distributed.sync_bn:
         return
-    if not cpu_norm.fuse(model) and options.fused:
-        raise ConfigError("precision.fused=true needs a C compiler (cc, gcc or clang) that works: install one")
+    if cpu:
+        fused, needs = cpu_norm.fuse(model), "a C compiler (cc, gcc or clang) that works: install one"
+    else:
+        fused, needs = gpu_norm.fuse(model), "the package triton, which comes with torch for CUDA: install it"
+    if not fused and options.fused:
+        raise ConfigError(f"precision.fused=true needs {needs}, or leave it out")
 
 
 def _classes(config: Config, data: DataSet) -> int:
