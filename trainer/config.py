@@ -34,6 +34,7 @@ class Precision:
     # BatchNorm, addition and ReLU in one pass; None: on a CPU that has a C compiler, unless `compile` fuses (on a GPU
     # only true does, by Triton's kernels: not measured there)
     fused: bool | None = None
+    cuda_graph: bool = False  # a GPU's whole step as one CUDA graph; not measured on a GPU
     tf32: bool = True  # fp32 matrix products of a GPU on its tensor cores
     loss_scale: float = 65536.0  # start of the dynamic scale, for fp16
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from trainer import losses, mix, optim, precision, schedule, teacher
+from trainer import graphs, losses, mix, optim, precision, schedule, teacher
 from trainer.config import Config, ConfigError
 from trainer.data.loader import DataSet
 from trainer.distributed import World
@@ -27,18 +27,24 @@ def create(config: Config, plan: Plan, here: World, data: DataSet) -> Learner:
     check_sizes(config.model, model, _sizes(config))
     dtype = precision.amp_dtype(config.precision, here.device)
     _fuse(config, model, here)
-    model = build.parallelize(
-        model,
-        here,
-        channels_last=config.precision.channels_last,
-        compile=config.precision.compile,
-        bucket_mb=config.distributed.bucket_mb,
-        sync_bn=config.distributed.sync_bn,
-    )
-    build.settle_buckets(model, here, config.data.image_size)
+    stream = None
+    if config.precision.cuda_graph:
+        graphs.refuse(config, plan, here, dtype)
+        stream = torch.cuda.Stream(here.device)
+    with graphs.on(stream):  # DDP must be made where its steps are recorded
+        model = build.parallelize(
+            model,
+            here,
+            channels_last=config.precision.channels_last,
+            compile=config.precision.compile,
+            bucket_mb=config.distributed.bucket_mb,
+            sync_bn=config.distributed.sync_bn,
+        )
+        build.settle_buckets(model, here, config.data.image_size)
+    optimizer = optim.create(config.optim, model, here.device)
     return Learner(
         model=model,
-        optimizer=optim.create(config.optim, model, here.device),
+        optimizer=optimizer,
         criterion=losses.create(config.loss),
         scaler=precision.grad_scaler(config.precision, dtype, here.device),
         lr_at=lambda step: schedule.lr_at(step, config.schedule, plan),
@@ -54,6 +60,7 @@ def create(config: Config, plan: Plan, here: World, data: DataSet) -> Learner:
         norms_at=(lambda step: (step + 1) % config.report.log_every == 0) if config.report.gradient_norms else None,
         # Ranks and seeds a long way apart; the step is added to it.
         seed=(config.seed * 1_000_003 + here.rank) % 2**38 << 24,
+        graphs=graphs.Graphs(optimizer, here, stream) if stream is not None else None,
     )
 
 
