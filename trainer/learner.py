@@ -11,7 +11,7 @@ from trainer.data.loader import DataSet
 from trainer.distributed import World
 from trainer.ema import Average
 from trainer.loop import Learner, Mixing
-from trainer.models import build, cpu_norm, gpu_norm
+from trainer.models import build, cpu_norm, gpu_norm, packed_stem
 from trainer.models.start import check_sizes
 from trainer.nonfinite import Skipping
 from trainer.plan import Plan
@@ -27,6 +27,11 @@ def create(config: Config, plan: Plan, here: World, data: DataSet) -> Learner:
     check_sizes(config.model, model, _sizes(config))
     dtype = precision.amp_dtype(config.precision, here.device)
     _fuse(config, model, here)
+    if config.precision.packed_stem and not packed_stem.pack(model):
+        raise ConfigError(
+            f"precision.packed_stem=true packs a first convolution of 7x7 at stride 2, and model.name={config.model.name} "
+            "begins with another: leave it out"
+        )
     stream = None
     if config.precision.cuda_graph:
         graphs.refuse(config, plan, here, dtype)

@@ -33,7 +33,12 @@ def grad_scaler(options: Precision, dtype: torch.dtype | None, device: torch.dev
 
 
 def set_kernels(config: Config, device: torch.device) -> None:
-    """Process-wide choices of kernels: TF32, cuDNN's autotuner, determinism."""
+    """Process-wide choices of kernels: TF32, cuDNN's autotuner, determinism, where compiled ones are kept.
+
+    Raises ConfigError for a folder that precision.compile_cache names and that cannot be written to.
+    """
+    if config.precision.compile or config.precision.fused:
+        environment.keep_compiled(config.precision.compile_cache)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = config.precision.tf32
         torch.backends.cudnn.allow_tf32 = config.precision.tf32
