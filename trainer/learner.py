@@ -29,8 +29,8 @@ def create(config: Config, plan: Plan, here: World, data: DataSet) -> Learner:
     _fuse(config, model, here)
     if config.precision.packed_stem and not packed_stem.pack(model):
         raise ConfigError(
-            f"precision.packed_stem=true packs a first convolution of 7x7 at stride 2, and model.name={config.model.name} "
-            "begins with another: leave it out"
+            "precision.packed_stem=true packs a first convolution of 7x7 at stride 2, and "
+            f"model.name={config.model.name} begins with another: leave it out"
         )
     stream = None
     if config.precision.cuda_graph:

@@ -1,8 +1,8 @@
 """The first convolution on 2x2 blocks of pixels: the same function, at half the size and with more channels.
 
-An image has three channels, of which the units that multiply bf16 use sixteen at once, and the 7x7 convolution at stride
-2 leaves most of them idle. Two pixels of each side as one of 12 channels (MLPerf's submissions call it space-to-depth)
-make of it a 4x4 convolution at stride 1. The parameter stays 7x7, under its name, so state dicts are what they were.
+An image has three channels, and the units that multiply bf16 take sixteen at once: the 7x7 convolution at stride 2
+leaves most of them idle. Two by two pixels as one of 12 channels (space-to-depth, in MLPerf's submissions) make of it a
+4x4 convolution at stride 1. The parameter stays 7x7, under its name, so state dicts are what they were.
 
 Not measured on a GPU. precision.packed_stem=true asks for it.
 """
