@@ -83,25 +83,32 @@ class Comparison:
     """Candidates that take turns, and what came of it."""
 
     def __init__(self, names: list[str], options: argparse.Namespace) -> None:
-        self.options = options
+        self.options, self.ends = options, time.monotonic() + options.within
         self.failed: dict[str, str] = {}
         self.machine: list[dict] = []
         self.running: dict[str, turns.Candidate] = {}
         self.found: dict[str, list[dict]] = {name: [] for name in ["limit", *names]}
         for name in self.found:
             try:
-                self.running[name] = turns.Candidate(name, self._command(name), options.start_within)
+                self.running[name] = turns.Candidate(name, self._command(name), min(options.start_within, self._left()))
             except turns.Lost as lost:
                 self._leave_out(name, lost)
 
     def measure(self) -> None:
         for _ in range(self.options.blocks):
+            if not self._left():
+                break
             for name in list(self.running):
                 note = functools.partial(self._note, name)
                 try:
-                    self.found[name].append(self.running[name].block(self.options.steps, meanwhile=note))
+                    found = self.running[name].block(self.options.steps, self._left(), note)
+                    self.found[name].append(found)
                 except turns.Lost as lost:
                     self._leave_out(name, lost)
+
+    def _left(self) -> float:
+        """Seconds."""
+        return max(0.0, self.ends - time.monotonic())
 
     def end(self) -> None:
         for candidate in self.running.values():
@@ -208,6 +215,9 @@ def main() -> None:
     parser.add_argument(
         "--start-within", type=float, default=900, help="seconds for a candidate to compile and warm up"
     )
+    parser.add_argument(
+        "--within", type=float, default=36000, help="seconds for all; what is done by then is the result"
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--serve", help=argparse.SUPPRESS)  # the process of a candidate
     options = parser.parse_args()
@@ -218,7 +228,7 @@ def main() -> None:
         return
     if unknown := set(options.only or ()) - set(MAKERS):
         parser.error(f"--only {' '.join(sorted(unknown))}: use {', '.join(MAKERS)}")
-    comparison = Comparison([name for name in MAKERS if name in (options.only or set(MAKERS) - EXTRA)], options)
+    comparison = Comparison([name for name in MAKERS if name in (options.only or set(MAKERS) - set(EXTRA))], options)
     try:
         comparison.measure()
         result = comparison.result()

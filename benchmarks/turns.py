@@ -73,7 +73,7 @@ class Candidate:
                 meanwhile()
                 called = True
             if time.monotonic() - began > within:
-                self._process.kill()
+                self._process.kill()  # it may not be there to read the end of its commands
                 raise self._lost(f"no answer within {within:.0f} s")
         line = self._process.stdout.readline()
         if not called:
