@@ -39,9 +39,9 @@ def peak(name: str, batch: int, size: int) -> dict[str, int]:
     return {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
 
 
-def alone(name: str, batch: int, size: int, within: float) -> dict[str, int] | None:
-    """`peak` in a process of its own; None where it does not fit."""
-    command = [sys.executable, __file__, "--peak", str(batch), "--only", name, "--size", str(size)]
+def alone(name: str, batches: tuple[int, ...], size: int, within: float) -> list[dict[str, int]] | None:
+    """`peak` of each batch in a process of their own; None where one does not fit."""
+    command = [sys.executable, __file__, "--only", name, "--size", str(size), "--peak", *map(str, batches)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=within)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
@@ -52,14 +52,15 @@ def alone(name: str, batch: int, size: int, within: float) -> dict[str, int] | N
 
 def largest(name: str, size: int, within: float) -> dict:
     """Megabytes at two batches, an image's share, and the largest batch."""
-    low, high = (alone(name, batch, size, within) for batch in (64, 128))
-    assert low and high, f"{name} does not fit at batch 128"
+    both = alone(name, (64, 128), size, within)
+    assert both, f"{name} does not fit at batch 128"
+    low, high = both
     an_image = (high["allocated"] - low["allocated"]) / 64
     room = torch.cuda.get_device_properties(0).total_memory - 2**30  # a context, and libraries
     batch = int((room - low["allocated"]) / an_image + 64) // STEP * STEP
     found = {"mb_an_image": round(an_image / 1e6, 1), "mb_at_128": round(high["allocated"] / 1e6)}
     for _ in range(8):
-        if alone(name, batch, size, within):
+        if alone(name, (batch,), size, within):
             return found | {"largest_batch": batch}
         batch -= STEP * max(1, batch // 400)
     return found | {"largest_batch": None, "does_not_fit": batch}
@@ -71,12 +72,12 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--within", type=float, default=60, help="seconds for a process")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--peak", type=int, nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(0, "no GPU here: nothing to measure\n")
     if options.peak:
-        print(json.dumps(peak(options.only[0], options.peak, options.size)))
+        print(json.dumps([peak(options.only[0], batch, options.size) for batch in options.peak]))
         return
     result = about() | {"size": options.size, "candidates": {}}
     for name in options.only:
