@@ -7,10 +7,15 @@ tests marked gpu show, which are these same ones.
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import REPOSITORY
 from torch import Tensor, nn
 
 from trainer import learner
@@ -26,6 +31,38 @@ pytestmark = [pytest.mark.gpu] if ON_GPU else []
 
 SHAPES = [(2, 3, 5, 7), (1, 64, 7, 7), (3, 16, 9, 9), (2, 24, 11, 3), (5, 70, 9, 3), (1, 2048, 3, 1), (4, 64, 56, 20)]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
+
+COMPILE = """
+import re, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from trainer.models import gpu_kernels
+
+IMAGES = {"x", "y", "dy", "dx", "shortcut", "passed"}
+KINDS = {"bits": "*u8", "tracked": "*i64", "rows": "i32", "slab": "i32", "slabs": "i32", "size": "i32"}
+KINDS |= {"momentum": "fp32", "eps": "fp32", "unbias": "fp32"}
+reduction, combination, element = {"BLOCK_R": 64, "BLOCK_C": 64}, {"BLOCK_P": 512, "BLOCK_C": 8}, {"BLOCK": 2048}
+for name, constants in {
+    "moments": reduction,
+    "statistics": combination,
+    "normalise": element | {"ADD": True, "RELU": True},
+    "gradient_sums": reduction | {"RELU": True},
+    "gradient_coefficients": combination,
+    "gradient": element | {"ADD": True, "RELU": True},
+}.items():
+    kernel, constants = getattr(gpu_kernels, name), constants | {"C": 64}
+    signature, fixed, aligned = {}, {}, {}
+    for i, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument], fixed[(i,)] = "constexpr", constants[argument]
+            continue
+        signature[argument] = "*bf16" if argument in IMAGES else KINDS.get(argument, "*fp32")
+        if signature[argument].startswith("*"):
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(ASTSource(kernel, signature, fixed, aligned), target=GPUTarget("cuda", 90, 32))
+    print(name, len(re.findall(r"ld.global[^;]*v4", compiled.asm["ptx"])))
+"""
 
 
 def both(channels: int) -> tuple[nn.BatchNorm2d, nn.BatchNorm2d]:
@@ -158,6 +195,15 @@ def test_a_network_of_them_learns_as_torchs_does() -> None:
         assert distance(ours.grad, theirs.grad.double()) < 1e-3, name
     for theirs, ours in zip(plain.buffers(), fused.buffers()):
         assert torch.allclose(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
+def test_the_kernels_compile_for_hopper_and_read_16_bytes_at_once(tmp_path: Path) -> None:
+    given = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-W", "ignore", "-c", COMPILE]
+    done = subprocess.run(command, cwd=REPOSITORY, env=given, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    wide = {name: int(count) for name, count in map(str.split, done.stdout.splitlines())}
+    assert len(wide) == 6 and all(wide.values()), wide
 
 
 def test_it_is_there_for_a_gpu_that_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
