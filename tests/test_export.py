@@ -198,6 +198,13 @@ def test_an_export_starts_a_run_on_other_classes(trained: Path, tmp_path: Path) 
     options += ["model.new_head=true", f"output_dir={tmp_path / 'run'}"]
     done = here("train", tmp_path / "c.yaml", *options)
     assert done.status == 0, done.errors
+    assert "normalised otherwise" not in done.errors
+    # The images' mean and deviation are part of the weights: others are not refused, but never silent.
+    checkpoint = max((trained / "checkpoints").iterdir())
+    for name, weights in {"export": exported, "checkpoint": checkpoint}.items():
+        words = [f"model.weights={weights}", "data.std=[0.3,0.2,0.1]", f"output_dir={tmp_path / name}"]
+        done = here("train", tmp_path / "c.yaml", *options, *words)
+        assert done.status == 0 and re.search(r"were trained .* otherwise: data\.mean=\[.* data\.std=\[", done.errors)
     # At a rate of nothing the weights are still those that came in, under a head of its own.
     before, after = find(str(trained), []).model(ema=True), find(str(tmp_path / "run"), []).model()
     theirs = dict(before.named_parameters())

@@ -10,7 +10,7 @@ from torchvision.transforms import v2
 
 from trainer import configfile
 from trainer.config import ConfigError, Mix
-from trainer.data.philox import AUGMENT, AUGMENT_OPS, MIX, ORDER
+from trainer.data.philox import AUGMENT, AUGMENT_OPS, COLOUT, MIX, ORDER
 from trainer.learner import _mixing
 from trainer.mix import _beta, mix, strengths
 from trainer.plan import Plan
@@ -128,7 +128,7 @@ def test_rates_and_boxes() -> None:
 
 
 def test_no_number_is_shared_with_the_crop_windows() -> None:
-    assert len({ORDER, AUGMENT, AUGMENT_OPS, MIX}) == 4
+    assert len({ORDER, AUGMENT, AUGMENT_OPS, MIX, COLOUT}) == 5
 
 
 @pytest.mark.parametrize("wrong", [{"mixup": -1}, {"cutmix": 11}, {"cutmix_share": 2}, {"chance": -0.1}, {"group": 3}])

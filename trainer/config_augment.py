@@ -73,6 +73,7 @@ class Augment(Policy):
     padding: int = 4  # pixels on each side, for crop=padded
     flip: float = 0.5  # probability of a horizontal flip
     alternate_flip: bool = False  # flip drawn once a sample, then turned over each epoch (Jordan, arXiv:2404.00498)
+    colout: float = 0.0  # share of rows and of columns left out of a step's images (ColOut, MosaicML); 0: none
     repeats: int = 1  # repeated augmentation: how often a sample stands in a step's batch, each time augmented anew
 
     def __post_init__(self) -> None:
@@ -84,6 +85,8 @@ class Augment(Policy):
         pair("augment.ratio", self.ratio)
         at_least("augment.padding", self.padding, 0)
         share("augment.flip", self.flip)
+        if not 0 <= self.colout <= 0.5:
+            raise ConfigError(f"augment.colout={self.colout} must lie between 0 and 0.5: it is what is left out")
         at_least("augment.repeats", self.repeats, 1)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from trainer import graphs, losses, mix, optim, precision, schedule, teacher
+from trainer.colout import colout
 from trainer.config import Config, ConfigError
 from trainer.data.loader import DataSet
 from trainer.distributed import World
@@ -104,20 +105,23 @@ def _sizes(config: Config) -> dict[str, int]:
 
 
 def _mixing(config: Config, plan: Plan, here: World, classes: int) -> Mixing | None:
-    """Mixup and CutMix of this rank's forward batches, None where nothing is mixed; ConfigError if a pair is cut."""
-    if not config.mix.on:
+    """ColOut, mixup and CutMix of this rank's forward batches, None for none of them; ConfigError if a pair is cut."""
+    share = config.augment.colout
+    if not config.mix.on and not share:
         return None
-    if plan.batch % 2:
+    if config.mix.on and plan.batch % 2:
         raise ConfigError(
             f"mix.mixup or mix.cutmix pairs images, and a forward batch holds {plan.batch} of them: "
             "choose global_batch_size and max_batch_per_gpu so that it is even"
         )
     first = here.rank * plan.batch * plan.accumulation
-    off = plan.total_steps
+    off = plan.total_steps if config.mix.on else 0
     if config.mix.off_epoch is not None:
         off = round(config.mix.off_epoch * config.schedule.scale * plan.steps_per_epoch)
 
     def mixed(images: torch.Tensor, labels: torch.Tensor, step: int, micro: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if share:
+            images = colout(images, share, config.seed, step)
         if step >= off:
             return images, labels
         return mix.mix(images, labels, config.mix, classes, config.seed, step, first + micro * plan.batch)

@@ -130,6 +130,26 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
         raise ConfigError(f"{path} is not a readable safetensors file ({' '.join(str(error).split())})") from error
 
 
+def other_pixels(config: Config) -> str | None:
+    """What to say where model.weights were trained on images normalised otherwise; None if not, or nobody knows."""
+    weights = Path(config.model.weights) if config.model.weights else None
+    if weights is None:
+        return None
+    if weights.suffix == ".safetensors":
+        known = read_metadata(weights)
+        trained = (known["mean"], known["std"]) if known else None
+    elif (weights / "manifest.json").exists() and (weights.parent.parent / "config.yaml").exists():
+        data = configfile.load(weights.parent.parent / "config.yaml", []).data
+        trained = (data.mean, data.std)
+    else:
+        return None
+    ours = (config.data.mean, config.data.std)
+    if trained is None or [list(v) for v in trained] == [list(v) for v in ours]:
+        return None
+    words = " ".join(f"data.{key}={json.dumps(list(v))}" for key, v in zip(("mean", "std"), trained))
+    return f"model.weights={weights} were trained on images normalised otherwise: {words} would do the same"
+
+
 def _named(text: str, overrides: list[str]) -> Target:
     """A library's network; the images are made as its weights ask, unless overrides say otherwise.
 

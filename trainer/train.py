@@ -14,6 +14,7 @@ from trainer.data.loader import DataSet, EvaluationBatches, TrainingBatches, ope
 from trainer.distributed import Agreement, World, world
 from trainer.divergence import WeightCheck
 from trainer.loop import train_steps
+from trainer.mistakes import warn
 from trainer.nonfinite import NonFiniteError, Rollback, data_step
 from trainer.plan import Plan
 from trainer.report.folder import RunFolder
@@ -23,6 +24,7 @@ from trainer.saver import NoSaver, Saver, save_due
 from trainer.signals import Stopped, StopSignals
 from trainer.state import RunState
 from trainer.tally import Due, Tally
+from trainer.target import other_pixels
 from trainer.watchdog import Watch
 
 DONE, STOPPED = 0, 75  # exit statuses; 75 is EX_TEMPFAIL: run the same command again to go on
@@ -121,6 +123,8 @@ class _Run:
         self.reporter = open_report(self.config, self.plan, self.here, self.data, self.folder, command, reached)
         facts = {"classes": len(self.data.classes), "after": self.progress.step}
         introduce(self.reporter, self.config, self.plan, self.here, self.learner, **facts)
+        if self.here.is_main and (differently := other_pixels(self.config)):
+            warn(differently)
         try:
             with self.watch.naming_a_lost_peer():
                 stopped_by = self._train()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 # Second half of the key, so that no two uses of one seed share numbers.
-ORDER, AUGMENT, AUGMENT_OPS, MIX = 1, 2, 3, 4
+ORDER, AUGMENT, AUGMENT_OPS, MIX, COLOUT = 1, 2, 3, 4, 5
 
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
