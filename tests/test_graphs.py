@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import torchrun_script
 from nets import ALONE
 from torch import Tensor
 
@@ -35,12 +37,14 @@ def config(**options: object) -> Config:
 
 def learned(options: Config, here: World = ALONE, accumulation: int = 1) -> Learner:
     data = DataSet(None, None, 64, tuple(map(str, range(CLASSES))), "synthetic")
-    plan = replace(Plan.of(options, 1, 64), accumulation=accumulation)
+    plan = replace(Plan.of(options, here.size, 64), accumulation=accumulation)
     return learner.create(options, plan, here, data)
 
 
-def batches(sizes: list[int], device: torch.device, bad: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    random = torch.Generator().manual_seed(3)
+def batches(
+    sizes: list[int], device: torch.device, bad: int | None = None, rank: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    random = torch.Generator().manual_seed(rank)
     for step, size in enumerate(sizes):
         images = torch.randn(8, 3, size, size, generator=random)
         if step == bad:
@@ -55,8 +59,8 @@ def everything(mine: Learner) -> list[Tensor]:
     return [*mine.model.state_dict().values(), *(m for m in moments if isinstance(m, Tensor)), *average]
 
 
-def run(mine: Learner, sizes: list[int], bad: int | None = None) -> list[StepRecord]:
-    return list(train_steps(mine, batches(sizes, mine.device, bad), range(len(sizes))))
+def run(mine: Learner, sizes: list[int], bad: int | None = None, rank: int = 0) -> list[StepRecord]:
+    return list(train_steps(mine, batches(sizes, mine.device, bad, rank), range(len(sizes))))
 
 
 def static(mine: Learner) -> Learner:
@@ -85,6 +89,35 @@ def test_a_static_step_is_the_loops_bit_for_bit(case: str) -> None:
         assert a.lr == b.lr and torch.equal(a.totals, b.totals) and torch.equal(a.bad, b.bad)
     assert all(map(torch.equal, everything(plain), everything(other)))
     assert [int(record.totals[6]) for record in ours] == [int(step == bad) for step in range(5)]
+
+
+RANKS = """
+import sys
+sys.path.insert(0, "tests")
+import torch
+from test_graphs import config, everything, learned, run, static
+from trainer.distributed import world
+
+with world(config()) as here:
+    plain, other = learned(config(), here), static(learned(config(), here))
+    assert type(other.model).__name__ == "DistributedDataParallel"
+    theirs, ours = (run(mine, [32, 32, 24], rank=here.rank) for mine in (plain, other))
+    totals = here.gather([record.totals.tolist() for record in ours])
+    assert totals[0] != totals[1] and [record.totals.tolist() for record in theirs] == totals[here.rank]
+    # BatchNorm's statistics are each rank's own; weights and moments are everyone's.
+    assert all(map(torch.equal, everything(plain), everything(other)))
+    weights = here.gather([float(p.double().sum()) for p in other.model.parameters()])
+    assert weights[0] == weights[1]
+    if here.is_main:
+        print("the same")
+"""
+
+
+@pytest.mark.end_to_end
+def test_two_ranks_take_static_steps_together(tmp_path: Path) -> None:
+    (tmp_path / "ranks.py").write_text(RANKS)
+    done = torchrun_script(tmp_path / "ranks.py", ranks=2)
+    assert done.status == 0 and "the same" in done.output, done.errors
 
 
 def test_what_a_step_reads_stays_where_it_is() -> None:
