@@ -40,16 +40,16 @@ from triton.compiler import ASTSource
 from trainer.models import gpu_kernels
 
 IMAGES = {"x", "y", "dy", "dx", "shortcut", "passed"}
-KINDS = {"bits": "*u8", "tracked": "*i64", "rows": "i32", "slab": "i32", "slabs": "i32", "size": "i32"}
+KINDS = {"bits": "*u8", "tracked": "*i64"} | dict.fromkeys(("rows", "slab", "slabs", "size", "which"), "i32")
 KINDS |= {"momentum": "fp32", "eps": "fp32", "unbias": "fp32"}
 reduction, combination, element = {"BLOCK_R": 64, "BLOCK_C": 64}, {"BLOCK_P": 512, "BLOCK_C": 8}, {"BLOCK": 2048}
 for name, constants in {
     "moments": reduction,
     "statistics": combination,
-    "normalise": element | {"ADD": True, "RELU": True},
-    "gradient_sums": reduction | {"RELU": True},
+    "normalise": element | {"ADD": True, "JOIN": True, "RELU": True},
+    "gradient_sums": reduction | {"JOIN": True, "RELU": True},
     "gradient_coefficients": combination,
-    "gradient": element | {"ADD": True, "RELU": True},
+    "gradient": element | {"ADD": True, "JOIN": True, "RELU": True},
 }.items():
     kernel, constants = getattr(gpu_kernels, name), constants | {"C": 64}
     signature, fixed, aligned = {}, {}, {}
@@ -119,6 +119,29 @@ def test_outputs_gradients_and_statistics_are_torchs(
         assert distance(getattr(ours, name), getattr(exact, name).double()) < allowed, name
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (3, 24, 9, 9), (4, 64, 56, 20)], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_two_norms_that_meet_are_torchs(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    tolerance = TOLERANCE[dtype]
+    (ours, exact), (its, its_exact) = both(shape[1]), both(shape[1])
+    x, shortcut, coming = leaf(random(shape, dtype)), leaf(random(shape, dtype) + 1), random(shape, dtype)
+    inputs = [each.detach().double().requires_grad_() for each in (x, shortcut)]
+    y, unclipped = ours.add_relu(x, shortcut, its), exact(inputs[0]) + its_exact(inputs[1])
+    assert type(y.grad_fn).__name__ == "_JoinBackward"
+    assert y.dtype is dtype and distance(y, unclipped.relu()) < tolerance
+    y.backward(coming)
+    unclipped.backward(coming.double() * (y.double() > 0))
+    for found, wanted in zip((x, shortcut), inputs):
+        assert distance(found.grad, wanted.grad) < 10 * tolerance
+    for found, wanted in ((ours, exact), (its, its_exact)):
+        assert distance(found.weight.grad, wanted.weight.grad) < 10 * tolerance
+        assert distance(found.bias.grad, wanted.bias.grad) < tolerance
+        assert distance(found.running_mean, wanted.running_mean) < 5e-6
+        assert distance(found.running_var, wanted.running_var) < 2e-6
+        assert found.num_batches_tracked == 1
+
+
 def test_a_mean_far_from_0_costs_no_digits_of_the_variance() -> None:
     torch.manual_seed(0)
     ours, exact = both(4)
@@ -185,7 +208,7 @@ def test_all_but_a_training_step_is_torchs() -> None:
 
 def test_a_network_of_them_learns_as_torchs_does() -> None:
     torch.manual_seed(0)
-    plain = build.create(Model(name="resnet20"), 5).to(DEVICE, memory_format=torch.channels_last)
+    plain = build.create(Model(name="resnet20", shortcut="B"), 5).to(DEVICE, memory_format=torch.channels_last)
     fused = copy.deepcopy(plain)
     assert gpu_norm.fuse(fused) and any(isinstance(each, FusedBatchNorm2d) for each in fused.modules())
     images, labels = torch.randn(4, 3, 16, 16, device=DEVICE), torch.arange(4, device=DEVICE)

@@ -25,6 +25,7 @@ for line in sys.stdin:
 
 
 @pytest.mark.end_to_end
+@pytest.mark.timeout(660)
 def test_ours_and_another_take_turns(tmp_path: Path) -> None:
     out = tmp_path / "step.json"
     command = [sys.executable, "benchmarks/step.py", "--batch", "2", "--size", "32", "--blocks", "2", "--steps", "1"]
@@ -35,7 +36,7 @@ def test_ours_and_another_take_turns(tmp_path: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=600,
     )
     assert done.returncode == 0 and "ours is" in done.stdout, done.stderr
     result = json.loads(out.read_text())

@@ -14,12 +14,22 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
     """
 
     types: frozenset[torch.dtype] = frozenset()  # of images that the kernels read
+    joins = False  # whether they also norm the shortcut
 
     def forward(self, x: Tensor) -> Tensor:
         return self._laid_out(x, None, relu=False) if self._can(x) else super().forward(x)
 
-    def add_relu(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-        """relu(norm(x) + shortcut), of the shape and dtype of x (N, C, H, W); without a shortcut relu(norm(x))."""
+    def add_relu(self, x: Tensor, shortcut: Tensor | None = None, norm: nn.Module | None = None) -> Tensor:
+        """relu(self(x) + shortcut), of the shape and dtype of x (N, C, H, W); without a shortcut relu(self(x)).
+
+        With `norm` the shortcut is normed by that first: relu(self(x) + norm(shortcut)).
+        """
+        if norm is not None and shortcut is not None:
+            alike = type(norm) is type(self) and shortcut.dtype == x.dtype
+            if self.joins and alike and self._can(x) and norm._can(shortcut):
+                given = (each.contiguous(memory_format=torch.channels_last) for each in (x, shortcut))
+                return self._joined(*given, norm)
+            shortcut = norm(shortcut)
         if self._can(x) and (shortcut is None or shortcut.dtype == x.dtype):
             return self._laid_out(x, shortcut, relu=True)
         y = super().forward(x)
@@ -42,6 +52,10 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
 
     def _normed(self, x: Tensor, shortcut: Tensor | None, *, relu: bool) -> Tensor:
         """What the kernels do, of tensors in channels-last memory."""
+        raise NotImplementedError
+
+    def _joined(self, x: Tensor, shortcut: Tensor, norm: nn.Module) -> Tensor:
+        """relu(self(x) + norm(shortcut)), likewise, where the class `joins`."""
         raise NotImplementedError
 
 

@@ -92,13 +92,18 @@ def normalise(
     invstd,
     weight,
     bias,
+    its_mean,
+    its_invstd,
+    its_weight,
+    its_bias,
     size,
     C: tl.constexpr,
     ADD: tl.constexpr,
+    JOIN: tl.constexpr,
     RELU: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """y = relu((x - mean) * invstd * weight + bias + shortcut), and the ReLU's bits."""
+    """y = relu((x - mean) * invstd * weight + bias + shortcut), and the ReLU's bits; JOIN: of a shortcut normed too."""
     base = tl.program_id(0).to(tl.int64) * BLOCK
     i = tl.arange(0, BLOCK)
     live = i < size - base
@@ -107,7 +112,11 @@ def normalise(
     scale = tl.load(invstd + c) * tl.load(weight + c)
     value = (value - tl.load(mean + c)) * scale + tl.load(bias + c)
     if ADD:
-        value += tl.load(shortcut + base + i, mask=live, other=0).to(tl.float32)
+        added = tl.load(shortcut + base + i, mask=live, other=0).to(tl.float32)
+        if JOIN:
+            scale = tl.load(its_invstd + c) * tl.load(its_weight + c)
+            added = (added - tl.load(its_mean + c)) * scale + tl.load(its_bias + c)
+        value += added
     if RELU:
         value = tl.where(value <= 0, 0.0, value)  # NaN stays
     rounded = value.to(y.dtype.element_ty)
@@ -125,17 +134,20 @@ def gradient_sums(
     x,
     bits,
     mean,
+    shortcut,
+    its_mean,
     partial,
     rows,
     slab,
     slabs,
     C: tl.constexpr,
+    JOIN: tl.constexpr,
     RELU: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """partial (2, slabs, C): of each slab and channel the sums of g and of g * (x - mean), g being what the ReLU let
-    through of dy."""
+    """partial (2, slabs, C): of each slab and channel the sums of g, which is what the ReLU let through of dy, and of
+    g * (x - mean); JOIN: (3, slabs, C), the third those of g * (shortcut - its mean)."""
     p = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     first = p.to(tl.int64) * slab
@@ -144,6 +156,9 @@ def gradient_sums(
     middle = tl.load(mean + c, mask=known, other=0)
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     products = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    if JOIN:
+        its_middle = tl.load(its_mean + c, mask=known, other=0)
+        its_products = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for start in range(0, count, BLOCK_R):
         row = start + tl.arange(0, BLOCK_R)
         live = (row < count)[:, None] & known[None, :]
@@ -155,8 +170,13 @@ def gradient_sums(
         value = tl.load(x + at, mask=live, other=0).to(tl.float32)
         total += g
         products += g * (value - middle[None, :])
+        if JOIN:
+            value = tl.load(shortcut + at, mask=live, other=0).to(tl.float32)
+            its_products += g * (value - its_middle[None, :])
     tl.store(partial + p * C + c, tl.sum(total, 0), mask=known)
     tl.store(partial + (slabs + p) * C + c, tl.sum(products, 0), mask=known)
+    if JOIN:
+        tl.store(partial + (2 * slabs + p) * C + c, tl.sum(its_products, 0), mask=known)
 
 
 @triton.jit
@@ -169,18 +189,22 @@ def gradient_coefficients(
     coefficients,
     rows,
     slabs,
+    which,
     C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """dweight and dbias (C,), and coefficients (3, C) with which dx = c0 * g + c1 * (x - mean) + c2."""
+    """dweight and dbias (C,), and coefficients (3, C) with which dx = c0 * g + c1 * (x - mean) + c2.
+
+    The sums of g are partial[0], those of the products partial[which].
+    """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     p = tl.arange(0, BLOCK_P)
     known = c < C
     live = (p < slabs)[:, None] & known[None, :]
     at = p[:, None] * C + c[None, :]
     total = tl.sum(tl.load(partial + at, mask=live, other=0), 0)
-    product = tl.sum(tl.load(partial + slabs * C + at, mask=live, other=0), 0)
+    product = tl.sum(tl.load(partial + which * slabs * C + at, mask=live, other=0), 0)
     inverse = tl.load(invstd + c, mask=known, other=0)
     scale = tl.load(weight + c, mask=known, other=0) * inverse
     tl.store(dweight + c, product * inverse, mask=known)
@@ -199,13 +223,17 @@ def gradient(
     passed,
     mean,
     coefficients,
+    shortcut,
+    its_mean,
+    its_coefficients,
     size,
     C: tl.constexpr,
     ADD: tl.constexpr,
+    JOIN: tl.constexpr,
     RELU: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dx, and of a shortcut `passed`: what the ReLU let through of dy."""
+    """dx, and `passed`, the gradient of a shortcut: what the ReLU let through of dy, JOIN: through its norm too."""
     base = tl.program_id(0).to(tl.int64) * BLOCK
     i = tl.arange(0, BLOCK)
     live = i < size - base
@@ -214,9 +242,13 @@ def gradient(
     if RELU:
         byte = tl.load(bits + base // 8 + i // 8, mask=live, other=0).to(tl.int32)
         g = tl.where(((byte >> (i % 8)) & 1) == 1, g, 0.0)
-    if ADD:
-        tl.store(passed + base + i, g.to(passed.dtype.element_ty), mask=live)
     value = tl.load(x + base + i, mask=live, other=0).to(tl.float32) - tl.load(mean + c)
     scale, slope = tl.load(coefficients + c), tl.load(coefficients + C + c)
     result = scale * g + slope * value + tl.load(coefficients + 2 * C + c)
     tl.store(dx + base + i, result.to(dx.dtype.element_ty), mask=live)
+    if ADD:
+        if JOIN:
+            value = tl.load(shortcut + base + i, mask=live, other=0).to(tl.float32) - tl.load(its_mean + c)
+            scale, slope = tl.load(its_coefficients + c), tl.load(its_coefficients + C + c)
+            g = scale * g + slope * value + tl.load(its_coefficients + 2 * C + c)
+        tl.store(passed + base + i, g.to(passed.dtype.element_ty), mask=live)

@@ -29,9 +29,13 @@ class GpuBatchNorm2d(FusedBatchNorm2d):
     """The fused norm of Triton's kernels."""
 
     types = frozenset({torch.float32, torch.bfloat16, torch.float16})
+    joins = True
 
     def _normed(self, x: Tensor, shortcut: Tensor | None, *, relu: bool) -> Tensor:
         return _Norm.apply(x, shortcut, self.weight, self.bias, self, relu)
+
+    def _joined(self, x: Tensor, shortcut: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+        return _Join.apply(x, shortcut, self.weight, self.bias, norm.weight, norm.bias, self, norm)
 
 
 class _Norm(torch.autograd.Function):
@@ -42,16 +46,10 @@ class _Norm(torch.autograd.Function):
         ctx, x: Tensor, shortcut: Tensor | None, weight: Tensor, bias: Tensor, norm: GpuBatchNorm2d, relu: bool
     ) -> Tensor:
         cut = _Cut(x)
-        partial, mean, invstd = cut.partial(), cut.vector(), cut.vector()
-        running = norm.running_mean, norm.running_var, norm.num_batches_tracked
-        unbias = cut.rows / (cut.rows - 1)
-        sizes = cut.rows, cut.slab, cut.slabs
-        cut.reduce("moments", x, partial, *sizes)
-        cut.combine("statistics", partial, mean, invstd, *running, *sizes, norm.momentum, norm.eps, unbias)
-        y = torch.empty_like(x)
-        bits = torch.empty(-(-x.numel() // 8), dtype=torch.uint8, device=x.device) if relu else None
-        given = x, shortcut, y, bits, mean, invstd, weight, bias, x.numel()
-        cut.map("normalise", *given, ADD=shortcut is not None, RELU=relu)
+        mean, invstd = cut.statistics(x, norm)
+        y, bits = torch.empty_like(x), _bits(x) if relu else None
+        given = x, shortcut, y, bits, mean, invstd, weight, bias, None, None, None, None, x.numel()
+        cut.map("normalise", *given, ADD=shortcut is not None, JOIN=False, RELU=relu)
         ctx.save_for_backward(x, bits, mean, invstd, weight)
         ctx.added = shortcut is not None
         return y
@@ -62,16 +60,58 @@ class _Norm(torch.autograd.Function):
         x, bits, mean, invstd, weight = ctx.saved_tensors
         cut, relu = _Cut(x), bits is not None
         dy = dy.contiguous(memory_format=torch.channels_last)
-        partial, coefficients = cut.partial(), torch.empty(3, cut.channels, device=x.device)
-        dweight, dbias = cut.vector(), cut.vector()
-        cut.reduce("gradient_sums", dy, x, bits, mean, partial, cut.rows, cut.slab, cut.slabs, RELU=relu)
-        given = partial, invstd, weight, dweight, dbias, coefficients, cut.rows, cut.slabs
-        cut.combine("gradient_coefficients", *given)
+        partial = cut.partial(2)
+        sizes = cut.rows, cut.slab, cut.slabs
+        cut.reduce("gradient_sums", dy, x, bits, mean, None, None, partial, *sizes, JOIN=False, RELU=relu)
+        dweight, dbias, coefficients = cut.coefficients(partial, invstd, weight, 1)
         dx = torch.empty_like(x)
         passed = torch.empty_like(x) if ctx.added else None
-        given = dy, x, bits, dx, passed, mean, coefficients, x.numel()
-        cut.map("gradient", *given, ADD=ctx.added, RELU=relu)
+        given = dy, x, bits, dx, passed, mean, coefficients, None, None, None, x.numel()
+        cut.map("gradient", *given, ADD=ctx.added, JOIN=False, RELU=relu)
         return dx, passed, dweight, dbias, None, None
+
+
+class _Join(torch.autograd.Function):
+    """relu(norm(x) + its_norm(shortcut)), of a shortcut that is a projection: its normed values are never written."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        shortcut: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        its_weight: Tensor,
+        its_bias: Tensor,
+        *norms: GpuBatchNorm2d,
+    ) -> Tensor:
+        cut = _Cut(x)
+        statistics, its_statistics = (cut.statistics(*each) for each in zip((x, shortcut), norms))
+        y, bits = torch.empty_like(x), _bits(x)
+        parameters = *statistics, weight, bias, *its_statistics, its_weight, its_bias
+        cut.map("normalise", x, shortcut, y, bits, *parameters, x.numel(), ADD=True, JOIN=True, RELU=True)
+        ctx.save_for_backward(x, shortcut, bits, *statistics, weight, *its_statistics, its_weight)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, shortcut, bits, mean, invstd, weight, its_mean, its_invstd, its_weight = ctx.saved_tensors
+        cut = _Cut(x)
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        partial = cut.partial(3)
+        given = dy, x, bits, mean, shortcut, its_mean, partial, cut.rows, cut.slab, cut.slabs
+        cut.reduce("gradient_sums", *given, JOIN=True, RELU=True)
+        dweight, dbias, coefficients = cut.coefficients(partial, invstd, weight, 1)
+        its_dweight, its_dbias, its_coefficients = cut.coefficients(partial, its_invstd, its_weight, 2)
+        dx, passed = torch.empty_like(x), torch.empty_like(shortcut)
+        given = dy, x, bits, dx, passed, mean, coefficients, shortcut, its_mean, its_coefficients, x.numel()
+        cut.map("gradient", *given, ADD=True, JOIN=True, RELU=True)
+        return dx, passed, dweight, dbias, its_dweight, its_dbias, None, None
+
+
+def _bits(x: Tensor) -> Tensor:
+    return torch.empty(-(-x.numel() // 8), dtype=torch.uint8, device=x.device)
 
 
 class _Cut:
@@ -87,18 +127,37 @@ class _Cut:
         self.slab = self.tall * -(-self.rows // (self.tall * wanted))  # rows of one
         self.slabs = -(-self.rows // self.slab)
 
-    def vector(self) -> Tensor:
-        return torch.empty(self.channels, device=self.device)
+    def statistics(self, x: Tensor, norm: GpuBatchNorm2d) -> tuple[Tensor, Tensor]:
+        """Mean and 1 / standard deviation of x; the running ones of `norm` move."""
+        partial, (mean, invstd) = self.partial(2), self._vectors(2)
+        sizes = self.rows, self.slab, self.slabs
+        self.reduce("moments", x, partial, *sizes)
+        running = norm.running_mean, norm.running_var, norm.num_batches_tracked
+        unbias = self.rows / (self.rows - 1)
+        self._combine("statistics", partial, mean, invstd, *running, *sizes, norm.momentum, norm.eps, unbias)
+        return mean, invstd
 
-    def partial(self) -> Tensor:
-        return torch.empty(2, self.slabs, self.channels, device=self.device)
+    def coefficients(
+        self, partial: Tensor, invstd: Tensor, weight: Tensor, which: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dweight, dbias and the coefficients of dx, from the sums of gradient_sums."""
+        (dweight, dbias), coefficients = self._vectors(2), self._vectors(3)
+        given = partial, invstd, weight, dweight, dbias, coefficients, self.rows, self.slabs, which
+        self._combine("gradient_coefficients", *given)
+        return dweight, dbias, coefficients
+
+    def partial(self, sums: int) -> Tensor:
+        return torch.empty(sums, self.slabs, self.channels, device=self.device)
+
+    def _vectors(self, count: int) -> Tensor:
+        return torch.empty(count, self.channels, device=self.device)
 
     def reduce(self, name: str, *arguments: Any, **constants: bool) -> None:
         """Over the rows of each slab."""
         kernel = getattr(_kernels(), name)[(self.slabs, self.across)]
         kernel(*arguments, C=self.channels, BLOCK_R=self.tall, BLOCK_C=self.wide, num_warps=8, **constants)
 
-    def combine(self, name: str, *arguments: Any) -> None:
+    def _combine(self, name: str, *arguments: Any) -> None:
         """Over the slabs, 8 channels a program: 32 bytes are what a GPU reads at least."""
         kernel = getattr(_kernels(), name)[(-(-self.channels // 8),)]
         kernel(*arguments, C=self.channels, BLOCK_P=_power_of_2(self.slabs), BLOCK_C=8)

@@ -90,7 +90,12 @@ class Block(nn.Module):
             return norm_relu(norm, branch)
         drops = self.training and self.drop_path_rate > 0
         if isinstance(norm, FusedBatchNorm2d) and not drops:
-            return norm.add_relu(branch, self.downsample(x))
+            if not norm.joins or not isinstance(self.downsample, nn.Sequential):
+                return norm.add_relu(branch, self.downsample(x))
+            *layers, last = self.downsample  # a projection, and its norm
+            for layer in layers:
+                x = layer(x)
+            return norm.add_relu(branch, x, last)
         branch = norm(branch)
         if drops:
             branch = drop_path(branch, self.drop_path_rate)
