@@ -166,14 +166,13 @@ def test_what_cannot_be_recorded_is_refused() -> None:
 @pytest.mark.parametrize("amp", ["bf16", "fp32"])
 def test_a_recorded_step_is_the_loops(amp: str, fused: bool) -> None:
     here, sizes = World(0, 0, 1, 1, torch.device("cuda", torch.cuda.current_device())), [32] * 8 + [24] * 8 + [32] * 4
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     try:
         plain = learned(config(precision=Precision(amp=amp, fused=fused)), here)
         recorded = learned(config(precision=Precision(amp=amp, fused=fused, cuda_graph=True)), here)
         theirs, ours = run(plain, sizes), run(recorded, sizes)
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.deterministic = False
     assert all(step.graph is not None for step in recorded.graphs.steps.values())
     for a, b in zip(theirs, ours):
         torch.testing.assert_close(a.totals, b.totals, rtol=1e-3, atol=1e-3)
