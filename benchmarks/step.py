@@ -89,6 +89,9 @@ class Comparison:
         self.running: dict[str, turns.Candidate] = {}
         self.found: dict[str, list[dict]] = {name: [] for name in ["limit", *names]}
         for name in self.found:
+            if not self._left():
+                self.failed[name] = "no time was left"
+                continue
             try:
                 self.running[name] = turns.Candidate(name, self._command(name), min(options.start_within, self._left()))
             except turns.Lost as lost:

@@ -80,6 +80,11 @@ def cache(name: str) -> Path:
     return Path.home() / ".cache" / "imagenet-trainer" / name
 
 
+def compiled_folder(folder: str | None) -> Path:
+    """Where torch.compile keeps what it compiles, if that is `folder` or, for None, this user's own."""
+    return Path(folder).expanduser().absolute() if folder is not None else cache("compiled")
+
+
 def keep_compiled(folder: str | None) -> None:
     """Have torch.compile and Triton keep what they compile in `folder`, from one process to the next.
 
@@ -92,7 +97,7 @@ def keep_compiled(folder: str | None) -> None:
     """
     names = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
     try:
-        root = Path(folder).expanduser() if folder is not None else cache("compiled")
+        root = compiled_folder(folder)
         for inner in names.values():
             (root / inner).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=root / inner):
@@ -106,7 +111,7 @@ def keep_compiled(folder: str | None) -> None:
         ) from error
     for name, inner in names.items():
         if folder is not None or name not in os.environ:
-            os.environ[name] = str((root / inner).absolute())
+            os.environ[name] = str(root / inner)
 
 
 def has_wandb_key() -> bool:
