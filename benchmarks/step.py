@@ -115,6 +115,8 @@ class Comparison:
 
     def end(self) -> None:
         for candidate in self.running.values():
+            candidate.dismiss()
+        for candidate in self.running.values():
             candidate.end()
 
     def result(self) -> dict:
@@ -235,11 +237,11 @@ def main() -> None:
     try:
         comparison.measure()
         result = comparison.result()
+        table(result)
+        if options.out:  # now: ending so many processes may take longer than is left
+            options.out.write_text(json.dumps(result, indent=2) + "\n")
     finally:
         comparison.end()
-    table(result)
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

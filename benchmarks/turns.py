@@ -54,10 +54,14 @@ class Candidate:
             raise self._lost(f"{error}") from error
         return self._answer(within, meanwhile)
 
-    def end(self) -> None:
-        """Ends the process, and waits for it."""
+    def dismiss(self) -> None:
+        """Tell the process to end."""
         with contextlib.suppress(OSError):
             self._process.stdin.close()  # it reads the end of its commands
+
+    def end(self) -> None:
+        """End the process, and wait for it."""
+        self.dismiss()
         try:
             self._process.wait(PATIENCE)
         except subprocess.TimeoutExpired:

@@ -7,7 +7,8 @@ of a shape of batch are taken as they are, on the stream of the recording, so th
 and made its buffers; recording one executes nothing, so no step is taken twice. A graph for each size of images, all in
 one pool of memory.
 
-Tested on a CPU but for the recording itself; not measured on a GPU.
+What a rank waits for others in the reduction is not timed then. Tested on a CPU but for the recording itself; not
+measured on a GPU.
 """
 
 from __future__ import annotations
