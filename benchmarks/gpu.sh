@@ -5,8 +5,9 @@
 #
 # Needs this repository, a Python with torch (PYTHON=..., else .venv's, else python3) and the packages that a PyTorch
 # image lacks (omegaconf, wandb, submitit; DALI and timm where they are to be compared). Each part has its own limit, and
-# one that fails does not keep the next from running. One JSON a part, and log.txt with all that they said. Without a GPU
-# it runs what a CPU can, on tiny sizes, to show that the script is whole: those figures mean nothing.
+# one that fails does not keep the next from running. One JSON a part, and log.txt with all that they said. PARTS="norms
+# fits" runs only these. Without a GPU it runs what a CPU can, on tiny sizes, to show that the script is whole: those
+# figures mean nothing.
 set -u
 cd "$(dirname "$0")/.."
 dry=""
@@ -30,6 +31,7 @@ failed=0
 part() { # NAME SECONDS COMMAND...; LIMIT in it: the seconds, less those that a part needs to say its result
   local name=$1 limit=$2 left=$((budget - SECONDS)) began=$SECONDS status
   shift 2
+  case " ${PARTS:-$name} " in *" $name "*) ;; *) return ;; esac
   if [ "$left" -lt "$limit" ]; then limit=$left; fi
   local command=("${@//LIMIT/$((limit - 10))}")
   if [ -n "$dry" ]; then echo "$name (at most $limit s): ${command[*]}"; return; fi
@@ -47,18 +49,19 @@ part() { # NAME SECONDS COMMAND...; LIMIT in it: the seconds, less those that a 
 if [ -n "$gpu" ]; then
   part tests 95 "$python" benchmarks/gpu_tests.py --out "$out/tests.json"
   part norms 35 "$python" benchmarks/norms.py --out "$out/norms.json"
-  few=(--blocks 4 --steps 15 --start-within 60 --within LIMIT)
-  part step-peers 110 "$python" benchmarks/step.py "${few[@]}" --out "$out/step-peers.json" \
+  few=(--blocks 4 --steps 15 --start-within 240 --within LIMIT)
+  part step-peers 130 "$python" benchmarks/step.py "${few[@]}" --out "$out/step-peers.json" \
     --only examples torchvision timm convnets compiled ours "ours fused"
   # A graph holds its memory while others run, so they are few at a time, with timm's step to compare with.
-  part step-ours 75 "$python" benchmarks/step.py "${few[@]}" --out "$out/step-ours.json" \
+  part step-ours 70 "$python" benchmarks/step.py "${few[@]}" --out "$out/step-ours.json" \
     --only timm "ours graph" "ours fused graph" "ours packed" "ours all"
-  part step-compiled 110 "$python" benchmarks/step.py "${few[@]}" --start-within 90 --out "$out/step-compiled.json" \
-    --only timm compiled-max "ours compiled" "ours compiled graph"
-  part input 60 "$python" benchmarks/input.py --out "$out/input.json"
-  part end-to-end 35 "$python" benchmarks/input.py --only default "hardware 0.9" --precision fused=true \
+  part input 55 "$python" benchmarks/input.py --within 30 --out "$out/input.json"
+  part end-to-end 30 "$python" benchmarks/input.py --only default "hardware 0.9" --precision fused=true \
     cuda_graph=true --out "$out/end-to-end.json"
-  part fits 60 "$python" benchmarks/fits.py --only ours "ours fused graph" timm --within 40 --out "$out/fits.json"
+  part fits 45 "$python" benchmarks/fits.py --only ours "ours fused graph" timm --within 40 --out "$out/fits.json"
+  # Last, because autotuning takes what is left; alone it has all of it (PARTS=step-compiled).
+  part step-compiled 400 "$python" benchmarks/step.py "${few[@]}" --out "$out/step-compiled.json" \
+    --only timm compiled-max "ours compiled" "ours compiled graph"
 else
   part tests 400 "$python" benchmarks/gpu_tests.py --out "$out/tests.json"
   part norms 400 "$python" benchmarks/norms.py --out "$out/norms.json"

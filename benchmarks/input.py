@@ -70,7 +70,7 @@ def measure(options: argparse.Namespace, root: str) -> dict:
     overrides = [f"data.root={root}", f"global_batch_size={options.batch}", f"data.image_size={options.size}"]
     overrides += [f"data.threads={options.threads}", "loop.eval_every=0", f"model.name={options.model}"]
     overrides += [f"precision.{word}" for word in options.precision]
-    config = configfile.load(None, overrides)
+    config, ends = configfile.load(None, overrides), time.monotonic() + options.within
     with world(config) as here:
         precision.set_kernels(config, here.device)
         data = open_data(config, here)
@@ -80,7 +80,7 @@ def measure(options: argparse.Namespace, root: str) -> dict:
         rates: dict[str, list[float]] = {"synthetic": []}
         ratios: dict[str, list[float]] = {}
         for name, words in SETTINGS.items():
-            if options.only and name not in options.only:
+            if options.only and name not in options.only or time.monotonic() > ends:
                 continue
             chosen = replace(config, data=replace(config.data, **words))
             try:
@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=15 if on_gpu else 1)
     parser.add_argument("--only", nargs="+", choices=list(SETTINGS), metavar="SETTING")
     parser.add_argument("--precision", nargs="*", default=[], metavar="KEY=VALUE", help="of section precision")
+    parser.add_argument("--within", type=float, default=3600, help="seconds after which no other setting is begun")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
