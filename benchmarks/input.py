@@ -80,7 +80,7 @@ def measure(options: argparse.Namespace, root: str) -> dict:
         rates: dict[str, list[float]] = {"synthetic": []}
         ratios: dict[str, list[float]] = {}
         for name, words in SETTINGS.items():
-            if options.only and name not in options.only or time.monotonic() > ends:
+            if (options.only and name not in options.only) or time.monotonic() > ends:
                 continue
             chosen = replace(config, data=replace(config.data, **words))
             try:

@@ -147,6 +147,19 @@ def test_an_optimiser_that_was_restored_has_other_tensors_and_so_other_graphs() 
     assert all(map(torch.equal, plain.model.state_dict().values(), mine.model.state_dict().values()))
 
 
+def test_a_save_is_one_that_a_run_without_graphs_goes_on_from() -> None:
+    options = config(optim=Optim(name="adamw", lr=0.01))
+    plain, mine = learned(options), static(learned(options))
+    run(mine, [32])
+    mine.optimizer.param_groups[0]["capturable"] = True  # as on a GPU; no optimiser of a CPU takes it
+    plain.model.load_state_dict(mine.model.state_dict())
+    plain.optimizer.load_state_dict(copy.deepcopy(mine.optimizer.state_dict()))
+    mine.optimizer.param_groups[0]["capturable"] = False
+    run(plain, [32, 32])
+    run(mine, [32, 32])
+    assert all(map(torch.equal, plain.model.state_dict().values(), mine.model.state_dict().values()))
+
+
 def test_what_cannot_be_recorded_is_refused() -> None:
     asked = config(precision=Precision(cuda_graph=True))
     with pytest.raises(ConfigError, match=r"precision\.cuda_graph=true needs a GPU, and device=cpu: leave it out"):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -62,6 +63,7 @@ class Static:
         self.steps: dict[tuple, StaticStep] = {}
         self._renew(optimizer)
         optimizer.register_load_state_dict_post_hook(self._renew)
+        optimizer.register_state_dict_post_hook(_as_any)
 
     def __call__(self, learner: Learner, batch: Mixed) -> tuple[torch.Tensor, torch.Tensor]:
         shape = tuple((each.shape, each.stride(), each.dtype) for each in batch)
@@ -80,6 +82,13 @@ class Static:
             group["lr"] = torch.tensor(float(group["lr"]), device=self._device)
             if "capturable" in group and self._device.type == "cuda":
                 group["capturable"] = True
+
+
+def _as_any(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """A save is one that a run without graphs, on a CPU too, goes on from."""
+    for group in saved["param_groups"]:
+        if "capturable" in group:
+            group["capturable"] = False
 
 
 class Graphs(Static):
