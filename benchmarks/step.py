@@ -98,8 +98,10 @@ class Comparison:
                 self._leave_out(name, lost)
 
     def measure(self) -> None:
+        took = 0.0
         for _ in range(self.options.blocks):
-            if not self._left():
+            began = time.monotonic()
+            if self._left() < 1.2 * took:  # another round would be cut
                 break
             for name in list(self.running):
                 note = functools.partial(self._note, name)
@@ -108,6 +110,7 @@ class Comparison:
                     self.found[name].append(found)
                 except turns.Lost as lost:
                     self._leave_out(name, lost)
+            took = time.monotonic() - began
 
     def _left(self) -> float:
         """Seconds."""
@@ -198,11 +201,6 @@ def table(result: dict) -> None:
 
 def _median(blocks: list[dict], key: str) -> float:
     return statistics.median(block[key] for block in blocks)
-
-
-def _extremes(blocks: list[dict]) -> tuple[float, float]:
-    seconds = [block["wall"] for block in blocks]
-    return max(seconds), min(seconds)
 
 
 def _device() -> torch.device:
