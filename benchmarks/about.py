@@ -41,4 +41,7 @@ def _version(package: str) -> tuple[str, str] | None:
 
 def _git(*arguments: str) -> str:
     git = ["git", "-C", str(Path(__file__).parent), *arguments]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    try:
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # a GPU machine may have no git
+        return ""

@@ -87,6 +87,18 @@ def test_nesterov_needs_momentum() -> None:
         (["loop.stop_at.top6=70"], r"loop\.stop_at=\{top6: 70\.0\} is not known"),
         (["augment.policy=trivialaugment", "augment.start_strength=0.5"], r"augment\.start_strength.*augment\.policy"),
         (["augment.repeats=3"], r"augment\.repeats=3 does not divide global_batch_size=256"),
+        (["precision.fused=true", "distributed.sync_bn=true"], r"precision\.fused=true .* distributed\.sync_bn=true"),
+        *(
+            (["precision.cuda_graph=true", option], f"precision.cuda_graph=true cannot be had with {option}")
+            for option in (
+                "optim.name=lars",
+                "optim.sam_rho=0.05",
+                "report.gradient_norms=true",
+                "model.drop_rate=0.1",
+                "model.drop_path_rate=0.1",
+                "precision.amp=fp16",
+            )
+        ),
     ],
 )
 def test_contradictions_are_refused_naming_both_keys(overrides: list[str], keys: str) -> None:

@@ -30,6 +30,19 @@ def test_the_same_config_trains_on_the_gpu(tiny: Path, tmp_path: Path, amp: str)
     assert np.mean(losses[-4:]) < np.mean(losses[:4]) and summary(tmp_path / "run")["status"] == "done"
 
 
+def test_a_recorded_fused_packed_step_trains_through_two_sizes_and_a_restart(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("{}")
+    options = [f"data.root={tiny}", f"output_dir={tmp_path / 'run'}", "model.name=resnet18", "data.image_size=96"]
+    options += ["data.start_size=64", "global_batch_size=12", "schedule.epochs=8", "schedule.warmup_epochs=1"]
+    options += [f"precision.{each}=true" for each in ("fused", "cuda_graph", "packed_stem")]
+    options += ["precision.amp=bf16", "report.wandb=disabled", "report.log_every=1", "loop.eval_every=4"]
+    for steps in (16, 32):  # four an epoch; the second command goes on from the first one's save
+        done = here("train", tmp_path / "empty.yaml", *options, f"loop.max_steps={steps}")
+        assert done.status == 0, done.errors
+    losses = [record["loss"] for record in metrics(tmp_path / "run", "train")]
+    assert len(losses) == 32 and np.mean(losses[-4:]) < np.mean(losses[:4])
+
+
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_crops_on_the_gpu_equal_pil(imagenet_sample: Path, on_gpu: bool) -> None:
     files = sorted(imagenet_sample.rglob("*.JPEG"))[:32]

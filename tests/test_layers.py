@@ -34,6 +34,7 @@ COLUMNS = [
     {"labels", "calibration", "picture_grid", "exposed", "compression"},
     {"divergence", "teacher", "precise", "balance"},
     {"loop", "evaluate"},
+    {"graphs"},
     {"checkpoint", "report", "state", "learner", "tally", "machine"},
     {"retention", "intake", "accuracy", "answers", "target"},
     {"resume", "saver", "card"},

@@ -31,8 +31,14 @@ class Precision:
     amp: str = "auto"  # auto (bf16 where the hardware is faster at it, else fp32) | bf16 | fp16 (GradScaler) | fp32
     channels_last: bool = True
     compile: bool = False  # torch.compile
-    # BatchNorm, addition and ReLU in one pass; None: on a CPU that has a C compiler, unless `compile` fuses
+    # BatchNorm, addition and ReLU in one pass; None: on a CPU that has a C compiler, unless `compile` fuses (on a GPU
+    # only true does, by Triton's kernels: not measured there)
     fused: bool | None = None
+    cuda_graph: bool = False  # a GPU's whole step as one CUDA graph; not measured on a GPU
+    packed_stem: bool = False  # the 7x7 convolution of images as a 4x4 one of 2x2 blocks; not measured on a GPU
+    compile_cache: str | None = (
+        None  # a folder for what is compiled, kept between runs; None: ~/.cache/imagenet-trainer
+    )
     tf32: bool = True  # fp32 matrix products of a GPU on its tensor cores
     loss_scale: float = 65536.0  # start of the dynamic scale, for fp16
 

@@ -37,3 +37,27 @@ def refuse_contradictions(config: Any) -> None:  # a Config, which is made of wh
         raise ConfigError(
             f"model.head_prior=true is for loss.name=bce, not for loss.name={config.loss.name}: leave it out"
         )
+    if config.precision.fused and config.distributed.sync_bn:
+        raise ConfigError(
+            "precision.fused=true norms the images of one rank, and distributed.sync_bn=true those of all: "
+            "leave one out"
+        )
+    if config.precision.cuda_graph:
+        _refuse_in_a_graph(config)
+
+
+def _refuse_in_a_graph(config: Any) -> None:
+    """What the host decides, draws or waits for in a step: a graph of it would do the same in every step."""
+    asked, model, optim = "precision.cuda_graph=true", config.model, config.optim
+    refused = [
+        (optim.name not in ("sgd", "adamw"), f"optim.name={optim.name}", "use optim.name=sgd or adamw"),
+        (optim.sam_rho, f"optim.sam_rho={optim.sam_rho:g}", "a step uphill is two"),
+        (config.report.gradient_norms, "report.gradient_norms=true", "the host chooses its steps"),
+        (model.drop_rate, f"model.drop_rate={model.drop_rate:g}", "what it draws is not the step's then"),
+        (model.drop_path_rate, f"model.drop_path_rate={model.drop_path_rate:g}", "as with dropout"),
+        (config.distributed.gradients == "bf16", "distributed.gradients=bf16", "its reduction was never recorded"),
+        (config.precision.amp == "fp16", "precision.amp=fp16", "its loss scale is dynamic: use bf16"),
+    ]
+    for found, option, why in refused:
+        if found:
+            raise ConfigError(f"{asked} cannot be had with {option} ({why}): leave one out")

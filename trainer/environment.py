@@ -11,6 +11,7 @@ import netrc
 import os
 import socket
 import subprocess
+import tempfile
 import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,40 @@ def processor() -> dict[str, str]:
 def cache(name: str) -> Path:
     """This user's folder for what can be made anew; RuntimeError where the user has no home."""
     return Path.home() / ".cache" / "imagenet-trainer" / name
+
+
+def compiled_folder(folder: str | None) -> Path:
+    """Where torch.compile keeps what it compiles, if that is `folder` or, for None, this user's own."""
+    return Path(folder).expanduser().absolute() if folder is not None else cache("compiled")
+
+
+def keep_compiled(folder: str | None) -> None:
+    """Have torch.compile and Triton keep what they compile in `folder`, from one process to the next.
+
+    None: this user's, unless torch or Triton have been told another or it cannot be written to; torch's own is a folder
+    of temporary files, which many clusters empty after each job. Before either is imported. What is kept is named by
+    everything that it was made of, versions too, so that nothing in it can be out of date.
+
+    Raises:
+        ConfigError: `folder` cannot be written to.
+    """
+    names = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+    try:
+        root = compiled_folder(folder)
+        for inner in names.values():
+            (root / inner).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=root / inner):
+                pass
+    except (OSError, RuntimeError) as error:
+        if folder is None:
+            return
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"precision.compile_cache={folder} cannot be written to ({why}): choose another folder, or leave it out"
+        ) from error
+    for name, inner in names.items():
+        if folder is not None or name not in os.environ:
+            os.environ[name] = str(root / inner)
 
 
 def has_wandb_key() -> bool:

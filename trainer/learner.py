@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from trainer import compression, losses, mix, optim, precision, schedule, teacher
+from trainer import compression, graphs, losses, mix, optim, precision, schedule, teacher
 from trainer.colout import colout
 from trainer.config import Config, ConfigError
 from trainer.data.loader import DataSet
 from trainer.distributed import World
 from trainer.ema import Average
 from trainer.loop import Learner, Mixing
-from trainer.models import build, cpu_norm
+from trainer.models import build, cpu_norm, gpu_norm, packed_stem
 from trainer.models.start import check_sizes
 from trainer.nonfinite import Skipping
 from trainer.plan import Plan
@@ -28,20 +28,31 @@ def create(config: Config, plan: Plan, here: World, data: DataSet) -> Learner:
     check_sizes(config.model, model, _sizes(config))
     dtype = precision.amp_dtype(config.precision, here.device)
     _fuse(config, model, here)
-    model = build.parallelize(
-        model,
-        here,
-        channels_last=config.precision.channels_last,
-        compile=config.precision.compile,
-        bucket_mb=config.distributed.bucket_mb,
-        sync_bn=config.distributed.sync_bn,
-    )
-    if config.distributed.gradients == "bf16" and here.size > 1:
-        compression.compress(model, here, config.distributed.timeout)
-    build.settle_buckets(model, here, config.data.image_size)
+    if config.precision.packed_stem and not packed_stem.pack(model):
+        raise ConfigError(
+            "precision.packed_stem=true packs a first convolution of 7x7 at stride 2, and "
+            f"model.name={config.model.name} begins with another: leave it out"
+        )
+    stream = None
+    if config.precision.cuda_graph:
+        graphs.refuse(config, plan, here, dtype)
+        stream = torch.cuda.Stream(here.device)
+    with graphs.on(stream):  # DDP must be made where its steps are recorded
+        model = build.parallelize(
+            model,
+            here,
+            channels_last=config.precision.channels_last,
+            compile=config.precision.compile,
+            bucket_mb=config.distributed.bucket_mb,
+            sync_bn=config.distributed.sync_bn,
+        )
+        if config.distributed.gradients == "bf16" and here.size > 1:
+            compression.compress(model, here, config.distributed.timeout)
+        build.settle_buckets(model, here, config.data.image_size)
+    optimizer = optim.create(config.optim, model, here.device)
     return Learner(
         model=model,
-        optimizer=optim.create(config.optim, model, here.device),
+        optimizer=optimizer,
         criterion=losses.create(config.loss),
         scaler=precision.grad_scaler(config.precision, dtype, here.device),
         lr_at=lambda step: schedule.lr_at(step, config.schedule, plan),
@@ -57,19 +68,23 @@ def create(config: Config, plan: Plan, here: World, data: DataSet) -> Learner:
         norms_at=(lambda step: (step + 1) % config.report.log_every == 0) if config.report.gradient_norms else None,
         # Ranks and seeds a long way apart; the step is added to it.
         seed=(config.seed * 1_000_003 + here.rank) % 2**38 << 24,
+        graphs=graphs.Graphs(optimizer, here, stream) if stream is not None else None,
     )
 
 
 def _fuse(config: Config, model: nn.Module, here: World) -> None:
     """Fuse the norms of `model` where that is asked for, or the default and possible; ConfigError where it is not."""
     options, cpu = config.precision, here.device.type == "cpu"
-    if options.fused and not cpu:
-        raise ConfigError(f"precision.fused=true has kernels for a CPU only, and device={here.device}: leave it out")
-    unasked = options.fused is None and (options.compile or not options.channels_last)
-    if not cpu or options.fused is False or unasked or config.distributed.sync_bn:
+    # On a GPU only where it is asked for: not measured on a GPU.
+    unasked = options.fused is None and (not cpu or options.compile or not options.channels_last)
+    if options.fused is False or unasked or config.distributed.sync_bn:
         return
-    if not cpu_norm.fuse(model) and options.fused:
-        raise ConfigError("precision.fused=true needs a C compiler (cc, gcc or clang) that works: install one")
+    if cpu:
+        fused, needs = cpu_norm.fuse(model), "a C compiler (cc, gcc or clang) that works: install one"
+    else:
+        fused, needs = gpu_norm.fuse(model), "the package triton, which comes with torch for CUDA: install it"
+    if not fused and options.fused:
+        raise ConfigError(f"precision.fused=true needs {needs}, or leave it out")
 
 
 def _classes(config: Config, data: DataSet) -> int:

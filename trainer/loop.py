@@ -47,6 +47,8 @@ class Learner:
     skipping: Skipping | None = None  # None: a gradient that is not finite is applied, and found out later
     norms_at: Callable[[int], bool] | None = None  # whether each gradient's norm is wanted of a step; None: never
     seed: int = 0  # of what the network draws (dropout): a function of (seed, step), so that nothing needs saving
+    # Takes the step of a batch, in `whole`: trainer/graphs.py's; None: an operation after the other
+    graphs: Callable[[Learner, Mixed], tuple[torch.Tensor, torch.Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class StepRecord:
     norms: torch.Tensor | None  # float64 (parameters,): of each gradient, before clipping; None: not wanted
 
 
-class _Mixed(NamedTuple):
+class Mixed(NamedTuple):
     """A forward batch: what the loss is taken of, and the labels that accuracy is counted by."""
 
     images: torch.Tensor
@@ -88,39 +90,85 @@ def train_steps(
         lr = learner.lr_at(step)
         set_lr(learner.optimizer, lr)
         torch.manual_seed(learner.seed + step)
-        statistics = learner.skipping.snapshot() if learner.skipping else None
-        totals = torch.zeros(7, dtype=torch.float64, device=learner.device)
-        waited, seen = 0.0, []
-        backward = Backward(learner.device, partial(enter, "backward", step))
-        for micro in range(learner.accumulation):
-            enter("data", step)
-            start = time.perf_counter()
-            images, labels = next(batches)
-            waited += time.perf_counter() - start
-            enter("forward", step)
-            batch = _Mixed(images, labels, labels)
-            if learner.mix is not None:
-                batch = _Mixed(*learner.mix(images, labels, step, micro), labels)
-            totals[:4] += _accumulate(learner, batch, backward, last=micro == learner.accumulation - 1)
-            if learner.uphill(step):  # otherwise an accumulated step would hold all of its images
-                seen.append(batch)
-        if learner.uphill(step):
-            _gradient_uphill(learner, step, seen, backward)
-        enter("update", step)
-        each = learner.norms_at is not None and learner.norms_at(step)
-        totals[4], norms = _update(learner, each=each)
-        bad = ~torch.stack([totals[0], totals[4]]).isfinite()
-        totals[5] = 1
-        if learner.skipping:
-            learner.skipping.restore(statistics, ~bad[1])
-            totals = torch.where(bad[1], 0.0, totals)
-            totals[6] = bad[1]
+        drawn = _Drawn(learner, batches, step, enter)
+        waits, norms = [], None
+        if learner.graphs is not None:
+            batch = drawn(0)
+            enter("forward", step)  # and all that follows, at once
+            totals, bad = learner.graphs(learner, batch)
+        else:
+            totals, bad, waits, norms = _operations(learner, drawn, step, enter)
         if learner.average is not None:  # after a skipped step of the weights and statistics that it left
             learner.average.update(step)
-        yield StepRecord(step, lr, totals, bad, waited, backward.waits, norms)
+        yield StepRecord(step, lr, totals, bad, drawn.waited, waits, norms)
 
 
-def _accumulate(learner: Learner, batch: _Mixed, backward: Backward, *, last: bool) -> torch.Tensor:
+class _Drawn:
+    """The forward batches of a step, mixed; `waited`: the host's seconds for them."""
+
+    def __init__(
+        self, learner: Learner, batches: Iterator[Batch], step: int, enter: Callable[[str, int], object]
+    ) -> None:
+        self._learner, self._batches, self._step, self._enter = learner, batches, step, enter
+        self.waited = 0.0
+
+    def __call__(self, micro: int) -> Mixed:
+        self._enter("data", self._step)
+        start = time.perf_counter()
+        images, labels = next(self._batches)
+        self.waited += time.perf_counter() - start
+        if self._learner.mix is None:
+            return Mixed(images, labels, labels)
+        return Mixed(*self._learner.mix(images, labels, self._step, micro), labels)
+
+
+def _operations(
+    learner: Learner, drawn: _Drawn, step: int, enter: Callable[[str, int], object]
+) -> tuple[torch.Tensor, torch.Tensor, list[Wait], torch.Tensor | None]:
+    """A step as the host decides it: totals, bad, waits and norms of its record."""
+    statistics = learner.skipping.snapshot() if learner.skipping else None
+    totals, seen = torch.zeros(7, dtype=torch.float64, device=learner.device), []
+    backward = Backward(learner.device, partial(enter, "backward", step))
+    for micro in range(learner.accumulation):
+        batch = drawn(micro)
+        enter("forward", step)
+        totals[:4] += _accumulate(learner, batch, backward, last=micro == learner.accumulation - 1)
+        if learner.uphill(step):  # otherwise an accumulated step would hold all of its images
+            seen.append(batch)
+    if learner.uphill(step):
+        _gradient_uphill(learner, step, seen, backward)
+    enter("update", step)
+    each = learner.norms_at is not None and learner.norms_at(step)
+    totals[4], norms = _update(learner, each=each)
+    return *_judged(learner, totals, statistics), backward.waits, norms
+
+
+def whole(learner: Learner, batch: Mixed) -> tuple[torch.Tensor, torch.Tensor]:
+    """A step of one forward batch, totals and bad of its record: the host decides nothing in it, so it can be recorded.
+
+    The same arithmetic as that of train_steps, for a learner that accumulates nothing and goes nowhere uphill.
+    """
+    statistics = learner.skipping.snapshot() if learner.skipping else None
+    totals = torch.zeros(7, dtype=torch.float64, device=learner.device)
+    totals[:4] += _accumulate(learner, batch, lambda loss, *, reduces: loss.backward(), last=True)
+    totals[4], _ = _update(learner, each=False)
+    return _judged(learner, totals, statistics)
+
+
+def _judged(
+    learner: Learner, totals: torch.Tensor, statistics: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Totals and bad, after the update; a step to be skipped leaves no `statistics` behind."""
+    bad = ~torch.stack([totals[0], totals[4]]).isfinite()
+    totals[5] = 1
+    if learner.skipping:
+        learner.skipping.restore(statistics, ~bad[1])
+        totals = torch.where(bad[1], 0.0, totals)
+        totals[6] = bad[1]
+    return totals, bad
+
+
+def _accumulate(learner: Learner, batch: Mixed, backward: Callable[..., None], *, last: bool) -> torch.Tensor:
     """One forward and backward pass; only the last of a step reduces gradients over the ranks."""
     distributed = hasattr(learner.model, "no_sync")
     local = learner.model.no_sync() if distributed and not last else nullcontext()
@@ -136,7 +184,7 @@ def _accumulate(learner: Learner, batch: _Mixed, backward: Backward, *, last: bo
     return sums(loss, logits, batch.labels)
 
 
-def _gradient_uphill(learner: Learner, step: int, batches: list[_Mixed], backward: Backward) -> None:
+def _gradient_uphill(learner: Learner, step: int, batches: list[Mixed], backward: Backward) -> None:
     """Take the gradients of `batches` anew, uphill of the weights, with the same dropout."""
     torch.manual_seed(learner.seed + step)
     with uphill(learner.model, learner.uphill(step)):

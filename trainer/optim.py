@@ -78,6 +78,9 @@ def clipping(options: Optim, model: nn.Module) -> Clip | None:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group the learning rate of this step."""
+    """Give every group the learning rate of this step; where it is a tensor, as trainer/graphs.py has it, in place."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
 from trainer import environment
-from trainer.config import Config, ConfigError, Precision
+from trainer.config import Config, ConfigError, Precision, RunError
 
 
 def amp_dtype(options: Precision, device: torch.device) -> torch.dtype | None:
@@ -33,7 +34,12 @@ def grad_scaler(options: Precision, dtype: torch.dtype | None, device: torch.dev
 
 
 def set_kernels(config: Config, device: torch.device) -> None:
-    """Process-wide choices of kernels: TF32, cuDNN's autotuner, determinism."""
+    """Process-wide choices of kernels: TF32, cuDNN's autotuner, determinism, where compiled ones are kept.
+
+    Raises ConfigError for a folder that precision.compile_cache names and that cannot be written to.
+    """
+    if config.precision.compile or config.precision.fused:
+        environment.keep_compiled(config.precision.compile_cache)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = config.precision.tf32
         torch.backends.cudnn.allow_tf32 = config.precision.tf32
@@ -41,6 +47,22 @@ def set_kernels(config: Config, device: torch.device) -> None:
         if config.deterministic:
             environment.make_cublas_deterministic()
     torch.use_deterministic_algorithms(config.deterministic)
+
+
+@contextmanager
+def naming_what_cannot_compile(options: Precision) -> Iterator[None]:
+    """Turns what torch.compile's own code raises into a RunError that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            raise
+        first = str(error).strip().partition("\n")[0]
+        kept = environment.compiled_folder(options.compile_cache)
+        raise RunError(
+            f"torch.compile has failed ({first}): if {kept} has been damaged, remove it; otherwise set "
+            "precision.compile=false"
+        ) from error
 
 
 def _cpu_multiplies_bf16() -> bool:

@@ -48,6 +48,7 @@ def train(config: Config, command: list[str], signals: StopSignals) -> int:
         world(config, signals) as here,
         Watch(here, config.output_dir, config.distributed.hang_after) as watch,
         watch.naming_a_lost_peer(),
+        precision.naming_what_cannot_compile(config.precision),
     ):
         precision.set_kernels(config, here.device)
         alive = intake.alive(signals, watch)

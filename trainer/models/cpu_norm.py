@@ -18,11 +18,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from trainer import environment
+from trainer.models.fused_norm import FusedBatchNorm2d, replace
 
 SOURCE = Path(__file__).with_name("cpu_norm.c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno")
@@ -30,35 +30,12 @@ GRAIN = 32768  # values that are worth a thread, as torch finds
 TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
 
-class CpuBatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d with `add_relu`. Made of one by changing its class: names, parameters and statistics stay.
+class CpuBatchNorm2d(FusedBatchNorm2d):
+    """The fused norm of the kernels in C."""
 
-    The kernels do what a training step does in channels-last memory; all else, evaluation too, is torch's.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._normed(x, None, relu=False) if self._can(x) else super().forward(x)
-
-    def add_relu(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-        """relu(norm(x) + shortcut), of the shape and dtype of x (N, C, H, W); without a shortcut relu(norm(x))."""
-        if self._can(x) and (shortcut is None or shortcut.dtype == x.dtype):
-            return self._normed(x, shortcut, relu=True)
-        y = super().forward(x)
-        return F.relu(y if shortcut is None else y.add_(shortcut), inplace=True)
-
-    def _can(self, x: Tensor) -> bool:
-        return (
-            self.training
-            and self.momentum is not None
-            and x.dtype in TYPES
-            and x.numel() > x.shape[1]
-            and self.weight.dtype is torch.float32
-        )
+    types = frozenset(TYPES)
 
     def _normed(self, x: Tensor, shortcut: Tensor | None, *, relu: bool) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
-        if shortcut is not None:
-            shortcut = shortcut.contiguous(memory_format=torch.channels_last)
         return _Norm.apply(x, shortcut, self.weight, self.bias, self, relu)
 
 
@@ -104,15 +81,10 @@ class _Norm(torch.autograd.Function):
 
 
 def fuse(model: nn.Module) -> bool:
-    """Make, in place, every plain BatchNorm2d of `model` a CpuBatchNorm2d; False where no kernels can be had.
-
-    Our ResNets gain by `add_relu`, any other network by the norms alone.
-    """
+    """Make, in place, every plain BatchNorm2d of `model` a CpuBatchNorm2d; False where no kernels can be had."""
     if _library() is None:
         return False
-    for module in model.modules():
-        if type(module) is nn.BatchNorm2d and module.affine and module.track_running_stats:
-            module.__class__ = CpuBatchNorm2d
+    replace(model, CpuBatchNorm2d)
     return True
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.config import ConfigError, Model
-from trainer.models.cpu_norm import CpuBatchNorm2d
+from trainer.models.fused_norm import FusedBatchNorm2d
 
 
 def conv1x1(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
@@ -29,7 +29,7 @@ def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 
 def norm_relu(norm: nn.Module, x: Tensor) -> Tensor:
     """relu(norm(x)), of the shape of x."""
-    if isinstance(norm, CpuBatchNorm2d):
+    if isinstance(norm, FusedBatchNorm2d):
         return norm.add_relu(x)
     return F.relu(norm(x), inplace=True)
 
@@ -89,8 +89,13 @@ class Block(nn.Module):
         if self.downsample is None:
             return norm_relu(norm, branch)
         drops = self.training and self.drop_path_rate > 0
-        if isinstance(norm, CpuBatchNorm2d) and not drops:
-            return norm.add_relu(branch, self.downsample(x))
+        if isinstance(norm, FusedBatchNorm2d) and not drops:
+            if not norm.joins or not isinstance(self.downsample, nn.Sequential):
+                return norm.add_relu(branch, self.downsample(x))
+            *layers, last = self.downsample  # a projection, and its norm
+            for layer in layers:
+                x = layer(x)
+            return norm.add_relu(branch, x, last)
         branch = norm(branch)
         if drops:
             branch = drop_path(branch, self.drop_path_rate)
