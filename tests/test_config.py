@@ -97,6 +97,7 @@ def test_nesterov_needs_momentum() -> None:
                 "model.drop_rate=0.1",
                 "model.drop_path_rate=0.1",
                 "precision.amp=fp16",
+                "distributed.gradients=bf16",
             )
         ),
     ],
