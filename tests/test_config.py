@@ -96,6 +96,7 @@ def test_nesterov_needs_momentum() -> None:
                 "report.gradient_norms=true",
                 "model.drop_rate=0.1",
                 "model.drop_path_rate=0.1",
+                "distributed.gradients=bf16",
                 "precision.amp=fp16",
                 "distributed.gradients=bf16",
             )
