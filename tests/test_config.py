@@ -98,7 +98,6 @@ def test_nesterov_needs_momentum() -> None:
                 "model.drop_path_rate=0.1",
                 "distributed.gradients=bf16",
                 "precision.amp=fp16",
-                "distributed.gradients=bf16",
             )
         ),
     ],

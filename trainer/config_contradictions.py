@@ -55,7 +55,6 @@ def _refuse_in_a_graph(config: Any) -> None:
         (config.report.gradient_norms, "report.gradient_norms=true", "the host chooses its steps"),
         (model.drop_rate, f"model.drop_rate={model.drop_rate:g}", "what it draws is not the step's then"),
         (model.drop_path_rate, f"model.drop_path_rate={model.drop_path_rate:g}", "as with dropout"),
-        (config.distributed.gradients == "bf16", "distributed.gradients=bf16", "its reduction was never recorded"),
         (config.distributed.gradients == "bf16", "distributed.gradients=bf16", "the host orders its exchange"),
         (config.precision.amp == "fp16", "precision.amp=fp16", "its loss scale is dynamic: use bf16"),
     ]
