@@ -8,6 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV_VERSION := 0.13.9
 RANKS ?= 2
+# Tests run side by side, a file of them in one process: most wait for processes of their own.
+WORKERS ?= 2
 # Ranks share the cores: more threads than cores only makes them fight.
 THREADS := $(shell n=$$(( $$(nproc) / $(RANKS) )); [ $$n -ge 1 ] && echo $$n || echo 1)
 
@@ -35,7 +37,7 @@ demo: install
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m trainer train configs/demo.yaml
 
 test: install
-	$(BIN)/python -m pytest -m "not faults and not slurm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not faults and not slurm" --numprocesses $(WORKERS) --dist loadfile --durations 30
 
 test-faults: install
 	$(BIN)/python -m pytest -m faults
