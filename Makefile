@@ -1,6 +1,6 @@
 # Everything on a fresh machine with python3 (3.10 or newer), make, git and a C compiler.
 #   make demo    install, draw a labelled JPEG set, train two ranks on it (about 2 minutes on 2 cores)
-#   make test    install, run the tests (about 15 minutes on 2 cores, 22 where other work shares them)
+#   make test    install, run the tests (14 minutes on 2 idle cores)
 #   make test-faults    install, run the long fault injection
 #   make test-slurm     install, run the launcher on a real SLURM (apt-get install slurmctld slurmd slurm-client)
 PYTHON ?= python3
