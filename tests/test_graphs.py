@@ -204,7 +204,8 @@ def test_a_recorded_step_waits_for_nothing() -> None:
         next(steps)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(3):
-            next(steps)
+        records = [next(steps) for _ in range(3)]  # raises at the first wait
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert [record.step for record in records] == [5, 6, 7]
+    assert all(step.graph is not None for step in mine.graphs.steps.values()), "these were not recorded steps"
