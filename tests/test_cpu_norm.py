@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from norms import agree, distance
 from torch import Tensor, nn
 
 from trainer import environment, learner
@@ -37,10 +38,6 @@ def leaf(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
 
 
-def distance(ours: Tensor, exact: Tensor) -> float:
-    return ((ours.double() - exact).norm() / exact.norm()).item()
-
-
 @needs_compiler
 @pytest.mark.parametrize(("added", "relu"), [(True, True), (False, True), (False, False)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -52,21 +49,7 @@ def test_outputs_gradients_and_statistics_are_torchs(
     ours, exact = both(shape[1])
     x, coming = leaf(torch.randn(shape), dtype), torch.randn(shape).to(dtype)
     shortcut = leaf(torch.randn(shape), dtype) if added else None
-    inputs = [each.detach().double().requires_grad_() for each in (x, shortcut) if each is not None]
-    y = ours.add_relu(x, shortcut) if relu else ours(x)
-    unclipped = sum(inputs[1:], exact(inputs[0]))
-    expected = unclipped.relu() if relu else unclipped
-    assert y.dtype is dtype and y.is_contiguous(memory_format=torch.channels_last)
-    assert distance(y, expected) < tolerance
-    y.backward(coming)  # not channels-last
-    # Where bf16 rounds to 0 what is a little more, the ReLU's gradient is another one: counted at the rounded output.
-    gate = (y.double() > 0) if relu else torch.ones_like(expected)
-    unclipped.backward(coming.double() * gate)
-    for found, wanted in [(x.grad, inputs[0].grad), (ours.weight.grad, exact.weight.grad)]:
-        assert distance(found, wanted) < 10 * tolerance
-    assert distance(ours.bias.grad, exact.bias.grad) < tolerance
-    if added:
-        assert torch.equal(shortcut.grad.double(), inputs[1].grad)
+    agree(ours, exact, x, shortcut, coming, tolerance, relu=relu)
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         assert distance(getattr(ours, name), getattr(exact, name).double()) < tolerance
 

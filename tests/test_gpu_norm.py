@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import REPOSITORY
+from norms import agree, distance
 from torch import Tensor, nn
 
 from trainer import learner
@@ -84,10 +85,6 @@ def leaf(values: Tensor) -> Tensor:
     return values.contiguous(memory_format=torch.channels_last).requires_grad_()
 
 
-def distance(ours: Tensor, exact: Tensor) -> float:
-    return ((ours.double() - exact).norm() / exact.norm()).item()
-
-
 @pytest.mark.parametrize(("added", "relu"), [(True, True), (False, True), (False, False)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -99,21 +96,7 @@ def test_outputs_gradients_and_statistics_are_torchs(
     ours, exact = both(shape[1])
     x, coming = leaf(random(shape, dtype)), random(shape, dtype)
     shortcut = leaf(random(shape, dtype)) if added else None
-    inputs = [each.detach().double().requires_grad_() for each in (x, shortcut) if each is not None]
-    y = ours.add_relu(x, shortcut) if relu else ours(x)
-    unclipped = sum(inputs[1:], exact(inputs[0]))
-    expected = unclipped.relu() if relu else unclipped
-    assert y.dtype is dtype and y.is_contiguous(memory_format=torch.channels_last)
-    assert distance(y, expected) < tolerance
-    y.backward(coming)  # not channels-last
-    # Where y is rounded to 0 what is a little more, the ReLU's gradient is another one: counted at the rounded output.
-    gate = (y.double() > 0) if relu else torch.ones_like(expected)
-    unclipped.backward(coming.double() * gate)
-    for found, wanted in [(x.grad, inputs[0].grad), (ours.weight.grad, exact.weight.grad)]:
-        assert distance(found, wanted) < 10 * tolerance
-    assert distance(ours.bias.grad, exact.bias.grad) < tolerance
-    if added:
-        assert torch.equal(shortcut.grad.double(), inputs[1].grad)
+    agree(ours, exact, x, shortcut, coming, tolerance, relu=relu)
     # A mean is known to a share of the spread around it, which these means are far smaller than.
     for name, allowed in (("running_mean", 5e-6), ("running_var", 2e-6), ("num_batches_tracked", 0.1)):
         assert distance(getattr(ours, name), getattr(exact, name).double()) < allowed, name
