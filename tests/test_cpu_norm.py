@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from norms import agree, distance
+from exact_norm import agree, distance
 from torch import Tensor, nn
 
 from trainer import environment, learner

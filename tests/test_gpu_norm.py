@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import REPOSITORY
-from norms import agree, distance
+from exact_norm import agree, distance
 from torch import Tensor, nn
 
 from trainer import learner
