@@ -55,8 +55,9 @@ GPU_CASES = ("resnet50,224,256",)
 VARIANTS = {
     "fp32": Distributed(),
     "bf16": Distributed(gradients="bf16"),
+    "equal buckets": Distributed(last_bucket_mb=Distributed.bucket_mb),
     "bucket 1 MB": Distributed(bucket_mb=1),
-    "bucket 100 MB": Distributed(bucket_mb=100),
+    "bucket 100 MB": Distributed(bucket_mb=100, last_bucket_mb=100),
 }
 SMALL, LARGE = 2**18, 2**25  # bytes of the two reductions
 PATIENCE = 1800.0
@@ -102,7 +103,7 @@ class Rank:
         self._learned = {"alone": self._create(self._single, Distributed())}
         for what in ("wrapped", "recorded"):
             made = self._create(self._single, Distributed())
-            model = build.data_parallel(made.model, self.device, Distributed().bucket_mb, self._own)
+            model = build.data_parallel(made.model, self.device, Distributed(), self._own)
             if what == "recorded":
                 self._recorder.watch(model)
             self._learned[what] = replace(made, model=model)
@@ -222,7 +223,7 @@ def run(ranks: Ranks, case: str, variants: list[str], blocks: int, count: int) -
             seconds[variant].append(max(ranks.all("steps", variant, count)))
             links[variant].append(ranks.all("link", "bf16" if variant == "bf16" else "fp32", 5)[0])
             for how, timeline in timelines.items():
-                if VARIANTS[variant].bucket_mb == Distributed().bucket_mb:
+                if replace(VARIANTS[variant], gradients="fp32") == Distributed():  # its buckets are the recorded ones
                     ratio = predicted(timeline, links[variant][-1]) / seconds[variant][-1]
                     ratios[f"{variant}, {how}"].append(ratio)
     return {

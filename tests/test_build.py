@@ -14,8 +14,9 @@ from nets import ALONE, CPU, images, on_meta, ours, same, scatter_norms
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer.config import ConfigError, Model
+from trainer.config import ConfigError, Distributed, Model
 from trainer.distributed import World
+from trainer.models import build
 from trainer.models.buffers import averaged_buffers, mean_buffers
 from trainer.models.build import create, load_weights, parallelize, unwrap
 
@@ -149,7 +150,7 @@ def test_load_weights_refuses_in_one_line(tmp_path: Path) -> None:
 
 def test_parallelize_alone() -> None:
     model = ours("resnet20")
-    placed = parallelize(model, ALONE, channels_last=True, compile=True, bucket_mb=25, sync_bn=True)
+    placed = parallelize(model, ALONE, Distributed(sync_bn=True), channels_last=True, compile=True)
     assert placed is not model and unwrap(placed) is model and unwrap(model) is model
     assert model.conv1.weight.is_contiguous(memory_format=torch.channels_last)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -157,7 +158,28 @@ def test_parallelize_alone() -> None:
         assert same(model.state_dict(), before)
     with pytest.raises(ConfigError, match=r"distributed.sync_bn=true needs GPUs"):
         pair = World(rank=0, local_rank=0, size=2, local_size=2, device=CPU)
-        parallelize(model, pair, channels_last=False, compile=False, bucket_mb=25, sync_bn=True)
+        parallelize(model, pair, Distributed(sync_bn=True), channels_last=False, compile=False)
+
+
+@pytest.mark.parametrize("last, most", [(1, 1), (3, 40), (10, 25), (50, 1000), (10**6, 10**6)])
+@pytest.mark.parametrize("count", [1, 2, 37])
+def test_buckets_double_from_the_first_layer_on(count: int, last: int, most: int) -> None:
+    sizes = torch.randint(1, 30, (count,), generator=torch.Generator().manual_seed(count)).tolist()
+    limits = build.bucket_limits(sizes, last, most)
+    assert sum(limits) == sum(sizes)
+    limit = last
+    assert limits[0] >= last or len(limits) == 1
+    for size in limits[:0:-1]:  # all but the first to be reduced, which takes what is left
+        assert limit <= size < limit + max(sizes)
+        limit = min(2 * limit, most)
+    # DDP, which adds gradients from the last layer on until a limit is reached, cuts where we did.
+    filled, taken = [0], 0
+    for size in reversed(sizes):
+        filled[-1] += size
+        if filled[-1] >= limits[taken]:
+            filled.append(0)
+            taken = min(taken + 1, len(limits) - 1)
+    assert [size for size in filled if size] == limits
 
 
 def one_of_two(rank: int, folder: Path) -> None:
@@ -168,7 +190,7 @@ def one_of_two(rank: int, folder: Path) -> None:
     if rank == 1:
         nn.init.zeros_(model.fc.weight)  # all start from rank 0's
         scatter_norms(model)
-    model = parallelize(model, world, channels_last=True, compile=False, bucket_mb=25, sync_bn=False)
+    model = parallelize(model, world, Distributed(), channels_last=True, compile=False)
     assert isinstance(model, DistributedDataParallel)
     model.eval()  # a batch of its own per rank would make the norms differ
     half = slice(2 * rank, 2 * rank + 2)

@@ -47,7 +47,7 @@ def test_recording_leaves_gradients_as_they_are_and_sees_the_buckets_that_ddp_se
         parameter.register_post_accumulate_grad_hook(came.append)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        model = build.data_parallel(wrapped, CPU, 1)
+        model = build.data_parallel(wrapped, CPU, Distributed(bucket_mb=1))
         recorder = recording.Recorder(ALONE)
         recorder.watch(model)
         for _ in range(2):
@@ -63,6 +63,30 @@ def test_recording_leaves_gradients_as_they_are_and_sees_the_buckets_that_ddp_se
     order = came[: len(came) // 2]
     settled, _ = dist._compute_bucket_assignment_by_size(order, [2**20])  # as the reducer does after its first pass
     assert recorder.passes[1].bytes == [sum(order[i].nbytes for i in bucket) for bucket in settled]
+
+
+@pytest.mark.skipif(not build.LISTS_BUCKETS, reason="this PyTorch's DDP takes no list of buckets")
+def test_the_last_bucket_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reduced(options: Distributed) -> list[float]:
+        """MiB of each bucket of a ResNet-18, in the order of their reduction."""
+        recorder = recording.Recorder(ALONE)
+        model = build.data_parallel(ours("resnet18").eval(), CPU, options)
+        recorder.watch(model)
+        for _ in range(2):
+            recorder.enter("backward", 0)
+            model(images(1, 32)).sum().backward()
+            recorder.enter("update", 0)
+        return [size / 2**20 for size in recorder.passes[1].bytes]
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        doubling, equal = reduced(Distributed()), reduced(Distributed(last_bucket_mb=25))
+        monkeypatch.setattr(build, "LISTS_BUCKETS", False)  # an older PyTorch
+        older = reduced(Distributed())
+    finally:
+        dist.destroy_process_group()
+    assert sum(doubling) == pytest.approx(sum(equal)) and len(equal) == 2 and older == equal
+    assert len(doubling) == 5 and doubling[1:] == sorted(doubling[1:], reverse=True) and 1 <= doubling[-1] < 2
 
 
 def test_what_does_not_fit_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,6 +84,9 @@ class Distributed:
 
     timeout: float = 600.0  # seconds after which a rank that waits for another gives up
     bucket_mb: int = 25  # gradients that are reduced together, DDP's default
+    # The bucket of the first layers, which are the last to have gradients: nothing hides its reduction. Those before it
+    # double, up to bucket_mb. Of PyTorch's that know no list of buckets, all are of bucket_mb.
+    last_bucket_mb: int = 1
     # As what gradients travel between ranks: fp32 | bf16 (half the bytes; summed in fp32, trainer/compression.py)
     gradients: str = "fp32"
     sync_bn: bool = False  # BatchNorm over all ranks
@@ -96,6 +99,7 @@ class Distributed:
         at_least("distributed.hang_after", self.hang_after, 1)
         at_least("distributed.check_every", self.check_every, 0)
         at_least("distributed.bucket_mb", self.bucket_mb, 1)
+        at_least("distributed.last_bucket_mb", self.last_bucket_mb, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

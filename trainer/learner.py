@@ -41,10 +41,9 @@ def create(config: Config, plan: Plan, here: World, data: DataSet) -> Learner:
         model = build.parallelize(
             model,
             here,
+            config.distributed,
             channels_last=config.precision.channels_last,
             compile=config.precision.compile,
-            bucket_mb=config.distributed.bucket_mb,
-            sync_bn=config.distributed.sync_bn,
         )
         if config.distributed.gradients == "bf16" and here.size > 1:
             compression.compress(model, here, config.distributed.timeout)

@@ -1,7 +1,7 @@
 """Measures a timeline (trainer/timeline.py): when each bucket of gradients is ready within a real backward pass.
 
 The step is the trainer's own, on synthetic images, its network in DistributedDataParallel over a world of one, so the
-buckets are those that DDP settles on: `distributed.bucket_mb` each, in the order in which gradients come. A
+buckets are those that DDP settles on, of `distributed.bucket_mb` at most, in the order in which gradients come. A
 communication hook notes the moment of each bucket and reduces nothing.
 """
 
@@ -59,7 +59,7 @@ def measure(config: Config, images: int, steps: int | None = None) -> Timeline:
         plan = Plan.of(config, 1, found.samples)
         with _group_of_one(here):
             learned = learner.create(config, plan, here, found)
-            wrapped = build.data_parallel(learned.model, here.device, config.distributed.bucket_mb)
+            wrapped = build.data_parallel(learned.model, here.device, config.distributed)
             recorder = Recorder(here, half=config.distributed.gradients == "bf16")
             recorder.watch(wrapped)
             batches = TrainingBatches(config, found, plan, here, 0)
