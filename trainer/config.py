@@ -86,7 +86,7 @@ class Distributed:
     bucket_mb: int = 25  # gradients that are reduced together, DDP's default
     # The bucket of the first layers, which are the last to have gradients: nothing hides its reduction. Those before it
     # double, up to bucket_mb. Of PyTorch's that know no list of buckets, all are of bucket_mb.
-    last_bucket_mb: int = 1
+    last_bucket_mb: int = 4
     # As what gradients travel between ranks: fp32 | bf16 (half the bytes; summed in fp32, trainer/compression.py)
     gradients: str = "fp32"
     sync_bn: bool = False  # BatchNorm over all ranks
