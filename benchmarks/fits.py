@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from about import about
-from candidates import MAKERS
+from candidates import MAKERS, Work
 
 from trainer import precision
 from trainer.config import Precision
@@ -30,9 +30,8 @@ def peak(name: str, batch: int, size: int) -> dict[str, int]:
     device = torch.device("cuda")
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    images = torch.randn(batch, 3, size, size, device=device)
-    labels = torch.randint(1000, (batch,), device=device)
-    step = MAKERS[name](images, labels, precision.amp_dtype(Precision(), device))
+    dtype = precision.amp_dtype(Precision(), device)
+    step = MAKERS[name](Work(batch=batch, size=size, device=device, dtype=dtype))
     for _ in range(5):  # the fourth of ours is recorded where it is a graph
         step()
     torch.cuda.synchronize()

@@ -1,10 +1,13 @@
-"""Our training step against those of other trainers and of torch.compile, on the same tensors, side by side in one run.
+"""Our training step against those of other trainers and of torch.compile, side by side in one run.
 
     python benchmarks/step.py [--batch 32] [--size 224] [--blocks 5] [--steps 4] [--only NAME ...] [--out FILE]
+                              [--root FOLDER [--workers 2]]
 
 candidates.py says who is compared, and how each does it. Every candidate is a process of its own, and all take blocks
-of steps in turn (turns.py); synthetic images and labels are there before the clock starts, and compilation and first
-steps are outside it.
+of steps in turn (turns.py); compilation and first steps are outside the clock. All train on the same tensors, which are
+there before the clock starts; with --root on the same JPEG files, of class folders in FOLDER, which each reads as its
+repository does (inputs.py). Who waits is stopped then, with its workers, so that nobody reads ahead meanwhile. Workers
+have CPU time and memory of their own, which are not counted.
 
 The limit is the arithmetic's: 24.30 GFLOP an image at 224 px (forward 4.089 GMAC, backward twice that without the first
 layer's gradient to the image), at the rate of a large matrix product of the same dtype measured in the same run. A GPU
@@ -26,19 +29,13 @@ from pathlib import Path
 import torch
 import turns
 from about import about
-from candidates import CLASSES, EXTRA, MAKERS
+from candidates import EXTRA, MAKERS, Work
 
 from trainer import precision
 from trainer.config import Precision
 
 GFLOP_AT_224 = 24.30
 MB_AT_224 = {"unfused": 473, "fused": 356}  # counted by hand over its layers: NHWC bf16, large batches
-
-
-def images_and_labels(options: argparse.Namespace, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    torch.manual_seed(0)
-    images = torch.randn(options.batch, 3, options.size, options.size, device=device)
-    return images, torch.randint(CLASSES, (options.batch,), device=device)
 
 
 def serve(name: str, options: argparse.Namespace, device: torch.device) -> None:
@@ -51,7 +48,9 @@ def serve(name: str, options: argparse.Namespace, device: torch.device) -> None:
                 answer({"product": product_rate(dtype or torch.float32, device), "copy": copy_rate(device)})
                 turns.give_back(device)
     else:
-        turns.serve(lambda: MAKERS[name](*images_and_labels(options, device), dtype), device)
+        given = {"root": options.root, "workers": options.workers}
+        work = Work(batch=options.batch, size=options.size, device=device, dtype=dtype, **given)
+        turns.serve(lambda: MAKERS[name](work), device)
 
 
 def product_rate(dtype: torch.dtype, device: torch.device) -> float:
@@ -93,7 +92,9 @@ class Comparison:
                 self.failed[name] = "no time was left"
                 continue
             try:
-                self.running[name] = turns.Candidate(name, self._command(name), min(options.start_within, self._left()))
+                self.running[name] = turns.Candidate(
+                    name, self._command(name), min(options.start_within, self._left()), stops=options.root is not None
+                )
             except turns.Lost as lost:
                 self._leave_out(name, lost)
 
@@ -131,6 +132,8 @@ class Comparison:
             "size": options.size,
             "dtype": str(precision.amp_dtype(Precision(), _device())),
             "threads": options.threads or torch.get_num_threads(),
+            "files": options.root is not None,
+            "workers": options.workers if options.root else None,
             "images_per_second": {k: round(options.batch / _median(v, "wall"), 2) for k, v in found.items()},
             "spread": {
                 k: [round(options.batch / f(b["wall"] for b in v), 2) for f in (max, min)] for k, v in found.items()
@@ -166,7 +169,11 @@ class Comparison:
     def _command(self, name: str) -> list[str]:
         options = self.options
         command = [sys.executable, __file__, "--serve", name, "--batch", options.batch, "--size", options.size]
-        return [str(word) for word in command + (["--threads", options.threads] if options.threads else [])]
+        if options.threads:
+            command += ["--threads", options.threads]
+        if options.root:
+            command += ["--root", options.root, "--workers", options.workers]
+        return [str(word) for word in command]
 
     def _note(self, name: str) -> None:
         self.machine.append({"during": name} | turns.machine_now())
@@ -214,6 +221,8 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--steps", type=int, default=30 if torch.cuda.is_available() else 2, help="a block")
     parser.add_argument("--threads", type=int, help="of torch, on a CPU")
+    parser.add_argument("--root", type=Path, help="train on JPEG files: class folders")
+    parser.add_argument("--workers", type=int, default=2, help="processes or threads that read them")
     parser.add_argument("--only", nargs="+", help="candidates")
     parser.add_argument(
         "--start-within", type=float, default=900, help="seconds for a candidate to compile and warm up"
@@ -229,6 +238,8 @@ def main() -> None:
     if options.serve:
         serve(options.serve, options, _device())
         return
+    if options.root is not None and not options.root.is_dir():
+        parser.error(f"--root {options.root}: there is no such folder")
     if unknown := set(options.only or ()) - set(MAKERS):
         parser.error(f"--only {' '.join(sorted(unknown))}: use {', '.join(MAKERS)}")
     comparison = Comparison([name for name in MAKERS if name in (options.only or set(MAKERS) - set(EXTRA))], options)

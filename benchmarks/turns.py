@@ -2,7 +2,7 @@
 
 What one candidate does to its process (malloc options, a compiler's caches, a GPU's allocator) is nothing to the
 others, and each has the same machine, minutes apart at most. Who waits is blocked in a read of a pipe, without memory
-that it could give back.
+that it could give back; where it has workers that would go on, it is stopped with them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 import resource
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,29 +34,37 @@ class Lost(Exception):
 class Candidate:
     """A process under way, which takes a block of steps when asked to."""
 
-    def __init__(self, name: str, command: Sequence[str], started_within: float) -> None:
-        """Starts `command`, whose process calls `serve`, and waits until it has built and warmed up; Lost if not."""
+    def __init__(self, name: str, command: Sequence[str], started_within: float, *, stops: bool = False) -> None:
+        """Starts `command`, whose process calls `serve`, and waits until it has built and warmed up; Lost if not.
+
+        `stops`: its whole process group stands still between blocks.
+        """
         self.name = name
+        self._stops = stops
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed by end()
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
+        self._process = subprocess.Popen(command, text=True, start_new_session=stops, **pipes)
         try:
             self.ready = self._answer(started_within)
         except Lost:
             self.end()
             raise
+        self._signal(signal.SIGSTOP)
 
     def block(self, count: int, within: float = 1200.0, meanwhile: Callable[[], object] = lambda: None) -> dict:
         """What `count` steps cost, as `serve` says; `meanwhile` is called once, about the middle. Lost on failure."""
+        self._signal(signal.SIGCONT)
         try:
             print(count, file=self._process.stdin, flush=True)
         except OSError as error:
             raise self._lost(f"{error}") from error
-        return self._answer(within, meanwhile)
+        answer = self._answer(within, meanwhile)
+        self._signal(signal.SIGSTOP)
+        return answer
 
     def dismiss(self) -> None:
         """Tell the process to end."""
+        self._signal(signal.SIGCONT)
         with contextlib.suppress(OSError):
             self._process.stdin.close()  # it reads the end of its commands
 
@@ -67,8 +76,14 @@ class Candidate:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._signal(signal.SIGKILL)  # workers that it has left behind
         self._process.stdout.close()
         self._log.close()
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._stops:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
 
     def _answer(self, within: float, meanwhile: Callable[[], object] = lambda: None) -> dict:
         began, called = time.monotonic(), False

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
+import inputs
 from turns import Candidate, Lost
 
 ECHO = """
@@ -49,6 +53,55 @@ def test_ours_and_another_take_turns(tmp_path: Path) -> None:
     assert all(result["peak_memory_mb"][name] > 200 for name in ("convnets", "ours"))
     # Who waits takes no share of the cores.
     assert all(result["idle_cpu_seconds"][name] < 0.5 for name in ("convnets", "ours"))
+
+
+@pytest.mark.end_to_end
+@pytest.mark.timeout(660)
+def test_each_reads_the_files_as_its_repository_does(tiny: Path, tmp_path: Path) -> None:
+    names = ["examples", "timm", "convnets", "ours"]
+    command = [sys.executable, "benchmarks/step.py", "--batch", "2", "--size", "32", "--blocks", "1", "--steps", "1"]
+    command += ["--root", tiny / "train", "--workers", "1", "--only", *names, "--out", tmp_path / "files.json"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "files.json").read_text())
+    assert not result["failed"] and list(result["images_per_second"]) == names and result["files"]
+
+
+def test_inputs_are_normalised_batches_without_end(tiny: Path) -> None:
+    files = inputs.Files(str(tiny / "train"), 5, 24, 1, torch.device("cpu"))
+    for read in (inputs.torchvision_loader, inputs.timm_loader, inputs.convnets_dali):
+        batches = itertools.islice(read(files), 30)  # more than the files have
+        assert all(x.shape == (5, 3, 24, 24) and x.dtype == torch.float32 and len(y) == 5 for x, y in batches), read
+        images = torch.cat([x for x, _ in itertools.islice(read(files), 10)])
+        assert images.std() < 2 and images.abs().max() < 2.7, read  # (1 - 0.406) / 0.225 at most
+
+
+def state(pid: int) -> str:
+    """Of a process: T is stopped."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_who_waits_is_stopped_with_its_workers() -> None:
+    busy = "import subprocess, sys; worker = subprocess.Popen([sys.executable, '-c', 'while True: pass'])"
+    candidate = Candidate(
+        "busy", [sys.executable, "-c", busy + ECHO.replace("os.getpid()", "worker.pid")], 60, stops=True
+    )
+    worker = candidate.ready["pid"]
+    try:
+        for count in (1, 2):
+            wait_for(lambda: state(worker) == "T")
+            assert candidate.block(count, meanwhile=lambda: wait_for(lambda: state(worker) == "R")) == {"count": count}
+    finally:
+        candidate.end()
+    wait_for(lambda: not Path(f"/proc/{worker}").exists() or state(worker) == "Z")
+
+
+def wait_for(done: Callable[[], bool]) -> None:
+    until = time.monotonic() + 20
+    while not done():
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
 def test_a_candidate_answers_when_asked_and_ends_with_its_commands() -> None:
