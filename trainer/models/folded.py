@@ -230,8 +230,8 @@ class _Blocks(Cut):
     def multiply(self, name: str, *arguments: Any, **constants: bool) -> None:
         """The programs of the same rows one after the other, so that all but the first find them in the cache."""
         kernel = getattr(_kernels(), name)[(self.across, self.slabs)]
-        blocks = {"BLOCK_R": self.tall, "BLOCK_OUT": self.wide, "num_warps": 8 if self.wide == WIDE else 4}
-        kernel(*arguments, INNER=self.inner, C=self.channels, **blocks, **self.how, **constants, num_stages=3)
+        sizes = {"INNER": self.inner, "C": self.channels, "BLOCK_R": self.tall, "BLOCK_OUT": self.wide}
+        kernel(*arguments, **sizes, **self.how, **constants, num_warps=8, num_stages=3)
 
 
 def _inner(dtype: torch.dtype, inner: int) -> int:

@@ -14,6 +14,14 @@ import triton.language as tl
 
 
 @triton.jit
+def _below(i, LIMIT: tl.constexpr, BLOCK: tl.constexpr):
+    """i < LIMIT, of BLOCK indices; known to the compiler where blocks fill the limit, so that it forms no masks."""
+    if LIMIT % BLOCK == 0:
+        return tl.full((BLOCK,), True, tl.int1)
+    return i < LIMIT
+
+
+@triton.jit
 def _normed(value, mean, invstd, gamma, beta, c, known):
     """relu((value - mean) * invstd * gamma + beta), of channels c along the second axis, float32; as `normalise`."""
     scale = tl.load(invstd + c, mask=known, other=0) * tl.load(gamma + c, mask=known, other=0)
@@ -48,7 +56,7 @@ def _multiplied(
     product = tl.zeros((BLOCK_R, BLOCK_OUT), tl.float32)
     for start in range(0, INNER, BLOCK_IN):
         k = start + tl.arange(0, BLOCK_IN)
-        there = k < INNER
+        there = _below(k, INNER, BLOCK_IN)
         left = tl.load(x + row[:, None] * INNER + k[None, :], mask=live[:, None] & there[None, :], other=0)
         if NORM:
             left = _normed(left, mean, invstd, gamma, beta, k, there).to(x.dtype.element_ty)
@@ -90,7 +98,7 @@ def product(
     c = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     first = p.to(tl.int64) * slab
     count = tl.minimum(slab, rows - p * slab)
-    known = c < C
+    known = _below(c, C, BLOCK_OUT)
     average = tl.zeros((BLOCK_OUT,), tl.float32)
     squares = tl.zeros((BLOCK_OUT,), tl.float32)
     for start in range(0, count, BLOCK_R):
@@ -165,7 +173,7 @@ def input_gradient(
     c = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     first = p.to(tl.int64) * slab
     count = tl.minimum(slab, rows - p * slab)
-    known = c < C
+    known = _below(c, C, BLOCK_OUT)
     if NORM:
         middle = tl.load(mean + c, mask=known, other=0)
         total = tl.zeros((BLOCK_OUT,), tl.float32)
@@ -237,7 +245,7 @@ def weight_gradient(
     k = tl.program_id(0) * BLOCK_IN + tl.arange(0, BLOCK_IN)
     first = p.to(tl.int64) * slab
     count = tl.minimum(slab, rows - p * slab)
-    known, there = c < C, k < INNER
+    known, there = _below(c, C, BLOCK_OUT), _below(k, INNER, BLOCK_IN)
     product = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
     for start in range(0, count, BLOCK_R):
         row = start + tl.arange(0, BLOCK_R)
