@@ -149,9 +149,11 @@ MAKERS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.dtype | None], Ste
     "ours unfused": lambda images, labels, dtype: ours(images, labels, fused=False),
     # Of a GPU:
     "ours fused": lambda images, labels, dtype: ours(images, labels, fused=True),
+    "ours folded": lambda images, labels, dtype: ours(images, labels, fused=True, folded=True),
     "ours graph": lambda images, labels, dtype: ours(images, labels, cuda_graph=True),
     "ours packed": lambda images, labels, dtype: ours(images, labels, packed_stem=True),
     "ours fused graph": lambda images, labels, dtype: ours(images, labels, fused=True, cuda_graph=True),
+    "ours folded graph": lambda images, labels, dtype: ours(images, labels, fused=True, folded=True, cuda_graph=True),
     "ours compiled graph": lambda images, labels, dtype: ours(images, labels, compile=True, cuda_graph=True),
     "ours all": lambda images, labels, dtype: ours(images, labels, fused=True, cuda_graph=True, packed_stem=True),
 }
