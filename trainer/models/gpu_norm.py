@@ -24,7 +24,6 @@ BLOCK = 2048  # elements that a program of the other kernels takes
 SLABS = 1024  # at most: one program adds up those of a channel
 PROGRAMS_AN_SM = 4  # of a reduction, so that enough loads are under way
 
-
 Statistics = tuple[Tensor, Tensor]  # mean and 1 / standard deviation of each channel, float32
 
 
@@ -54,7 +53,7 @@ class GpuBatchNorm2d(FusedBatchNorm2d):
         return _Join.apply(x, shortcut, *parameters, (self, statistics), (norm, its_statistics))
 
 
-Known = tuple[GpuBatchNorm2d, Statistics | None]
+Known = tuple[GpuBatchNorm2d, Statistics | None]  # a norm, and the statistics of its input if they are known
 
 
 class _Norm(torch.autograd.Function):
@@ -62,13 +61,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
-        x: Tensor,
-        shortcut: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
-        norm: Known,
-        relu: bool,
+        ctx, x: Tensor, shortcut: Tensor | None, weight: Tensor, bias: Tensor, norm: Known, relu: bool
     ) -> Tensor:
         cut = Cut(x)
         mean, invstd = cut.statistics(x, *norm)
