@@ -195,9 +195,11 @@ MAKERS: dict[str, Callable[[Work], Step]] = {
     "ours unfused": lambda work: ours(work, fused=False),
     # Of a GPU:
     "ours fused": lambda work: ours(work, fused=True),
+    "ours folded": lambda work: ours(work, fused=True, folded=True),
     "ours graph": lambda work: ours(work, cuda_graph=True),
     "ours packed": lambda work: ours(work, packed_stem=True),
     "ours fused graph": lambda work: ours(work, fused=True, cuda_graph=True),
+    "ours folded graph": lambda work: ours(work, fused=True, folded=True, cuda_graph=True),
     "ours compiled graph": lambda work: ours(work, compile=True, cuda_graph=True),
     "ours all": lambda work: ours(work, fused=True, cuda_graph=True, packed_stem=True),
 }

@@ -21,7 +21,7 @@ from candidates import MAKERS, Work
 from trainer import precision
 from trainer.config import Precision
 
-DEFAULT = ("timm", "compiled", "ours", "ours fused", "ours fused graph")
+DEFAULT = ("timm", "compiled", "ours", "ours fused", "ours folded", "ours fused graph")
 STEP = 16  # images: batches between multiples of it are not tried
 
 

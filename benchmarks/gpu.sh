@@ -59,6 +59,10 @@ if [ -n "$gpu" ]; then
   part end-to-end 30 "$python" benchmarks/input.py --only default "hardware 0.9" --precision fused=true \
     cuda_graph=true --out "$out/end-to-end.json"
   part fits 45 "$python" benchmarks/fits.py --only ours "ours fused graph" timm --within 40 --out "$out/fits.json"
+  # In what the parts above have left; alone (PARTS="tests-folded step-folded") these two have all of it.
+  part tests-folded 60 "$python" benchmarks/gpu_tests.py tests/test_folded.py --out "$out/tests-folded.json"
+  part step-folded 110 "$python" benchmarks/step.py "${few[@]}" --out "$out/step-folded.json" \
+    --only timm "ours fused" "ours folded" "ours folded graph"
   # Last, because autotuning takes what is left; alone it has all of it (PARTS=step-compiled).
   part step-compiled 400 "$python" benchmarks/step.py "${few[@]}" --out "$out/step-compiled.json" \
     --only timm compiled-max "ours compiled" "ours compiled graph"

@@ -1,6 +1,6 @@
 """The tests that need a GPU, as one JSON: how many passed, failed and were skipped, and which failed.
 
-python benchmarks/gpu_tests.py [--out FILE]
+python benchmarks/gpu_tests.py [FILE ...] [--out FILE]
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ NONE_RAN = 5  # pytest's exit status
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", default=FILES, help="of tests")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     # In several processes where pytest-xdist is there: most of the time is that of Triton's compiler.
@@ -30,7 +31,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         xml = Path(folder) / "tests.xml"
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *many]
-        status = subprocess.run([*command, f"--junitxml={xml}", *FILES], cwd=REPOSITORY).returncode
+        status = subprocess.run([*command, f"--junitxml={xml}", *options.files], cwd=REPOSITORY).returncode
         suite = ElementTree.parse(xml).getroot()[0]
     counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
     failed = [

@@ -18,6 +18,9 @@ from conftest import REPOSITORY
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 import inputs
+import traffic
+from nets import on_meta
+from torch import nn
 from turns import Candidate, Lost
 
 ECHO = """
@@ -102,6 +105,21 @@ def wait_for(done: Callable[[], bool]) -> None:
     while not done():
         assert time.monotonic() < until
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize("size", [224, 160])
+def test_the_values_that_are_counted_are_those_of_the_network(size: int) -> None:
+    seen = []
+    net = on_meta("resnet50")
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda _, given, y: seen.append((given[0].numel(), y.numel())))
+    net(torch.empty(1, 3, size, size, device="meta"))
+    counted = [(3 * size**2, 64 * (size // 2) ** 2)]
+    for each in traffic.blocks(size):
+        counted += [(each.x, each.a), (each.a, each.b), (each.b, each.c)]
+        counted += [(each.x, each.projection)] if each.projection else []
+    assert sorted(seen) == sorted(counted)
 
 
 def test_a_candidate_answers_when_asked_and_ends_with_its_commands() -> None:

@@ -34,6 +34,8 @@ class Precision:
     # BatchNorm, addition and ReLU in one pass; None: on a CPU that has a C compiler, unless `compile` fuses (on a GPU
     # only true does, by Triton's kernels: not measured there)
     fused: bool | None = None
+    # with `fused`, norms of a GPU folded into the 1x1 convolutions of our bottlenecks; not measured on a GPU
+    folded: bool = False
     cuda_graph: bool = False  # a GPU's whole step as one CUDA graph; not measured on a GPU
     packed_stem: bool = False  # the 7x7 convolution of images as a 4x4 one of 2x2 blocks; not measured on a GPU
     compile_cache: str | None = (
@@ -49,6 +51,8 @@ class Precision:
             raise ConfigError("precision.fused=true and precision.compile=true both fuse: leave one out")
         if self.fused and not self.channels_last:
             raise ConfigError("precision.fused=true needs precision.channels_last=true: its kernels read no other")
+        if self.folded and not self.fused:
+            raise ConfigError("precision.folded=true needs precision.fused=true, whose norms it folds: set both")
 
 
 @dataclass(frozen=True, kw_only=True)

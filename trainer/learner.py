@@ -12,7 +12,7 @@ from trainer.data.loader import DataSet
 from trainer.distributed import World
 from trainer.ema import Average
 from trainer.loop import Learner, Mixing
-from trainer.models import build, cpu_norm, gpu_norm, packed_stem
+from trainer.models import build, cpu_norm, folded, gpu_norm, packed_stem
 from trainer.models.start import check_sizes
 from trainer.nonfinite import Skipping
 from trainer.plan import Plan
@@ -78,12 +78,19 @@ def _fuse(config: Config, model: nn.Module, here: World) -> None:
     unasked = options.fused is None and (not cpu or options.compile or not options.channels_last)
     if options.fused is False or unasked or config.distributed.sync_bn:
         return
+    if cpu and options.folded:
+        raise ConfigError(f"precision.folded=true needs a GPU, and device={here.device}: leave it out")
     if cpu:
         fused, needs = cpu_norm.fuse(model), "a C compiler (cc, gcc or clang) that works: install one"
     else:
         fused, needs = gpu_norm.fuse(model), "the package triton, which comes with torch for CUDA: install it"
     if not fused and options.fused:
         raise ConfigError(f"precision.fused=true needs {needs}, or leave it out")
+    if options.folded and not folded.fold(model):
+        raise ConfigError(
+            "precision.folded=true folds norms into the 1x1 convolutions of our bottlenecks, and "
+            f"model.name={config.model.name} has none: leave it out"
+        )
 
 
 def _classes(config: Config, data: DataSet) -> int:

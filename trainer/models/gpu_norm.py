@@ -24,18 +24,36 @@ BLOCK = 2048  # elements that a program of the other kernels takes
 SLABS = 1024  # at most: one program adds up those of a channel
 PROGRAMS_AN_SM = 4  # of a reduction, so that enough loads are under way
 
+Statistics = tuple[Tensor, Tensor]  # mean and 1 / standard deviation of each channel, float32
+
 
 class GpuBatchNorm2d(FusedBatchNorm2d):
-    """The fused norm of Triton's kernels."""
+    """The fused norm of Triton's kernels.
+
+    Whoever has made x may know its statistics already (folded.py), and has moved the running ones.
+    """
 
     types = frozenset({torch.float32, torch.bfloat16, torch.float16})
     joins = True
 
-    def _normed(self, x: Tensor, shortcut: Tensor | None, *, relu: bool) -> Tensor:
-        return _Norm.apply(x, shortcut, self.weight, self.bias, self, relu)
+    def _normed(
+        self, x: Tensor, shortcut: Tensor | None, *, relu: bool, statistics: Statistics | None = None
+    ) -> Tensor:
+        return _Norm.apply(x, shortcut, self.weight, self.bias, (self, statistics), relu)
 
-    def _joined(self, x: Tensor, shortcut: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-        return _Join.apply(x, shortcut, self.weight, self.bias, norm.weight, norm.bias, self, norm)
+    def _joined(
+        self,
+        x: Tensor,
+        shortcut: Tensor,
+        norm: nn.BatchNorm2d,
+        statistics: Statistics | None = None,
+        its_statistics: Statistics | None = None,
+    ) -> Tensor:
+        parameters = self.weight, self.bias, norm.weight, norm.bias
+        return _Join.apply(x, shortcut, *parameters, (self, statistics), (norm, its_statistics))
+
+
+Known = tuple[GpuBatchNorm2d, Statistics | None]  # a norm, and the statistics of its input if they are known
 
 
 class _Norm(torch.autograd.Function):
@@ -43,10 +61,10 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, shortcut: Tensor | None, weight: Tensor, bias: Tensor, norm: GpuBatchNorm2d, relu: bool
+        ctx, x: Tensor, shortcut: Tensor | None, weight: Tensor, bias: Tensor, norm: Known, relu: bool
     ) -> Tensor:
-        cut = _Cut(x)
-        mean, invstd = cut.statistics(x, norm)
+        cut = Cut(x)
+        mean, invstd = cut.statistics(x, *norm)
         y, bits = torch.empty_like(x), _bits(x) if relu else None
         given = x, shortcut, y, bits, mean, invstd, weight, bias, None, None, None, None, x.numel()
         cut.map("normalise", *given, ADD=shortcut is not None, JOIN=False, RELU=relu)
@@ -58,7 +76,7 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, bits, mean, invstd, weight = ctx.saved_tensors
-        cut, relu = _Cut(x), bits is not None
+        cut, relu = Cut(x), bits is not None
         dy = dy.contiguous(memory_format=torch.channels_last)
         partial = cut.partial(2)
         sizes = cut.rows, cut.slab, cut.slabs
@@ -83,10 +101,10 @@ class _Join(torch.autograd.Function):
         bias: Tensor,
         its_weight: Tensor,
         its_bias: Tensor,
-        *norms: GpuBatchNorm2d,
+        *norms: Known,
     ) -> Tensor:
-        cut = _Cut(x)
-        statistics, its_statistics = (cut.statistics(*each) for each in zip((x, shortcut), norms))
+        cut = Cut(x)
+        statistics, its_statistics = (cut.statistics(each, *norm) for each, norm in zip((x, shortcut), norms))
         y, bits = torch.empty_like(x), _bits(x)
         parameters = *statistics, weight, bias, *its_statistics, its_weight, its_bias
         cut.map("normalise", x, shortcut, y, bits, *parameters, x.numel(), ADD=True, JOIN=True, RELU=True)
@@ -97,7 +115,7 @@ class _Join(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, shortcut, bits, mean, invstd, weight, its_mean, its_invstd, its_weight = ctx.saved_tensors
-        cut = _Cut(x)
+        cut = Cut(x)
         dy = dy.contiguous(memory_format=torch.channels_last)
         partial = cut.partial(3)
         given = dy, x, bits, mean, shortcut, its_mean, partial, cut.rows, cut.slab, cut.slabs
@@ -114,24 +132,31 @@ def _bits(x: Tensor) -> Tensor:
     return torch.empty(-(-x.numel() // 8), dtype=torch.uint8, device=x.device)
 
 
-class _Cut:
+class Cut:
     """How an activation (N, C, H, W) is cut up among programs: a function of its shape and the GPU alone."""
 
     def __init__(self, x: Tensor) -> None:
         self.channels, self.device = x.shape[1], x.device
         self.rows = x.numel() // self.channels
-        self.wide = min(TILE_CHANNELS, _power_of_2(self.channels))
+        self.wide = min(TILE_CHANNELS, power_of_2(self.channels))
         self.across = -(-self.channels // self.wide)  # programs side by side
         self.tall = TILE_ROWS * TILE_CHANNELS // self.wide
-        wanted = min(SLABS, max(1, PROGRAMS_AN_SM * _multiprocessors(x.device) // self.across))
+        wanted = min(SLABS, max(1, PROGRAMS_AN_SM * multiprocessors(x.device) // self.across))
         self.slab = self.tall * -(-self.rows // (self.tall * wanted))  # rows of one
         self.slabs = -(-self.rows // self.slab)
 
-    def statistics(self, x: Tensor, norm: GpuBatchNorm2d) -> tuple[Tensor, Tensor]:
-        """Mean and 1 / standard deviation of x; the running ones of `norm` move."""
-        partial, (mean, invstd) = self.partial(2), self._vectors(2)
+    def statistics(self, x: Tensor, norm: GpuBatchNorm2d, known: Statistics | None = None) -> Statistics:
+        """Those of x; the running ones of `norm` move. Nothing happens to what is known already."""
+        if known is not None:
+            return known
+        partial = self.partial(2)
+        self.reduce("moments", x, partial, self.rows, self.slab, self.slabs)
+        return self.settle(partial, norm)
+
+    def settle(self, partial: Tensor, norm: GpuBatchNorm2d) -> Statistics:
+        """Statistics from the moments of the slabs; the running ones of `norm` move."""
+        mean, invstd = self._vectors(2)
         sizes = self.rows, self.slab, self.slabs
-        self.reduce("moments", x, partial, *sizes)
         running = norm.running_mean, norm.running_var, norm.num_batches_tracked
         unbias = self.rows / (self.rows - 1)
         self._combine("statistics", partial, mean, invstd, *running, *sizes, norm.momentum, norm.eps, unbias)
@@ -160,7 +185,7 @@ class _Cut:
     def _combine(self, name: str, *arguments: Any) -> None:
         """Over the slabs, 8 channels a program: 32 bytes are what a GPU reads at least."""
         kernel = getattr(_kernels(), name)[(-(-self.channels // 8),)]
-        kernel(*arguments, C=self.channels, BLOCK_P=_power_of_2(self.slabs), BLOCK_C=8)
+        kernel(*arguments, C=self.channels, BLOCK_P=power_of_2(self.slabs), BLOCK_C=8)
 
     def map(self, name: str, *arguments: Any, **constants: bool) -> None:
         """Element by element."""
@@ -183,9 +208,9 @@ def _kernels() -> Any:
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _power_of_2(n: int) -> int:
+def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
