@@ -321,6 +321,30 @@ def test_a_network_learns_as_one_that_is_not_folded(dtype: torch.dtype) -> None:
     assert losses[1] == pytest.approx(losses[0], rel=1e-4 if dtype is torch.float32 else 5e-2)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="no GPU here: torch.cuda.is_available() is false")
+def test_a_recorded_step_computes_what_one_that_is_not_does() -> None:
+    ours, x = fused(block(10), fold=True), random(2, 10, 9, 9).requires_grad_()
+
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(ours(x).square().mean(), [x, *ours.parameters()])
+
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # Triton compiles, and cuDNN makes its workspace
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        recorded = step()
+    with torch.no_grad():
+        x.copy_(random(*x.shape))
+    graph.replay()
+    assert ours.bn1.num_batches_tracked == ours.bn2.num_batches_tracked == ours.bn3.num_batches_tracked == 4
+    for found, wanted in zip(recorded, step(), strict=True):
+        assert distance(found, wanted.double()) < 1e-5
+
+
 def test_the_kernels_compile_for_hopper_and_use_its_matrix_units(tmp_path: Path) -> None:
     given = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-W", "ignore", "-c", COMPILE]
