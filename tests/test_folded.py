@@ -54,7 +54,7 @@ for name, (warps, stages), constants in (
         products | {"INNER": 256, "C": 1024, "ADD": True, "NORM": False, "x": None, "partial": None} | unnormed,
     ),
     ("input_gradient", (8, 3), products | {"INNER": 512, "C": 128, "ADD": False, "NORM": True, "added": None}),
-    ("weight_gradient", (4, 4), {"BLOCK_R": 64, "BLOCK_OUT": 128, "BLOCK_IN": 64, "INNER": 64, "C": 256}),
+    ("weight_gradient", (8, 4), {"BLOCK_R": 64, "BLOCK_OUT": 128, "BLOCK_IN": 64, "INNER": 64, "C": 256}),
 ):
     kernel, constants = getattr(folded_kernels, name), constants | {"WIDE": False, "PRECISION": "ieee"}
     signature, fixed, aligned = {}, {}, {}
@@ -304,7 +304,7 @@ def test_a_network_learns_as_one_that_is_not_folded(dtype: torch.dtype) -> None:
     blocks = block(10), block(24)
     plain = nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 5))
     plain.to(DEVICE, memory_format=torch.channels_last)
-    images, labels, losses = random(4, 3, 6, 6), torch.arange(4, device=DEVICE), []
+    images, labels, losses, moved = random(4, 3, 6, 6), torch.arange(4, device=DEVICE), [], []
     for fold in (False, True):
         net = fused(plain, fold=fold)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
@@ -317,8 +317,12 @@ def test_a_network_learns_as_one_that_is_not_folded(dtype: torch.dtype) -> None:
             loss.backward()
             optimizer.step()
             losses[-1].append(loss.item())
+        moved.append([after.detach() - before for after, before in zip(net.parameters(), plain.parameters())])
     assert losses[0][-1] < 0.9 * losses[0][0]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4 if dtype is torch.float32 else 5e-2)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4 if dtype is torch.float32 else 2e-2)
+    # Three steps on 144 values a channel: in bf16 a tenth here, and a gradient with the wrong sign is two.
+    for name, theirs, mine in zip(dict(plain.named_parameters()), *moved):
+        assert distance(mine, theirs.double()) < (1e-3 if dtype is torch.float32 else 0.5), name
 
 
 @pytest.mark.gpu

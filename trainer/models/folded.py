@@ -23,7 +23,8 @@ from trainer.models.resnet import Bottleneck, norm_relu
 
 TALL = 128  # rows of a block of a product
 WIDE = 128  # its columns at most; more would not leave room for the sums in the registers
-WIDE_WEIGHT = 64  # columns of a block of a weight's gradient, which are normed as they are read
+WEIGHT_BLOCKS = {2: (64, 128), 4: (16, 64)}  # of a weight's gradient, by the bytes of a value: rows at once, outputs
+WIDE_WEIGHT = 64  # and inputs, which are normed as they are read
 LEAST = 16  # that a product of blocks needs of each side
 PROGRAMS_AN_SM = 2  # of a weight's gradient; more are more sums to be read again
 
@@ -198,16 +199,15 @@ def _multiply(
 def _weight_gradient(dy: Tensor, x: Tensor, norm: list[Tensor]) -> Tensor:
     """That of a 1x1 convolution of relu(norm(x)): (outputs, inputs), float32; slabs of rows, then their sum."""
     outputs, inputs = dy.shape[1], x.shape[1]
-    rows, tall = x.numel() // inputs, _inner(x.dtype, 1 << 30)
-    wide = [max(LEAST, min(most, power_of_2(n))) for n, most in ((outputs, WIDE), (inputs, WIDE_WEIGHT))]
-    across = -(-outputs // wide[0]), -(-inputs // wide[1])
+    rows, (tall, most) = x.numel() // inputs, WEIGHT_BLOCKS[x.element_size()]
+    wide_out, wide_in = (max(LEAST, min(most, power_of_2(n))) for n, most in ((outputs, most), (inputs, WIDE_WEIGHT)))
+    across = -(-inputs // wide_in), -(-outputs // wide_out)
     wanted = max(1, PROGRAMS_AN_SM * multiprocessors(x.device) // (across[0] * across[1]))
     slab = tall * -(-rows // (tall * wanted))
-    slabs = -(-rows // slab)
-    partial = torch.empty(slabs, outputs, inputs, device=x.device)
-    kernel = _kernels().weight_gradient[(across[1], across[0], slabs)]
-    blocks = {"BLOCK_R": tall, "BLOCK_OUT": wide[0], "BLOCK_IN": wide[1]}
-    kernel(dy, x, partial, *norm, rows, slab, INNER=inputs, C=outputs, **_how(x), **blocks, num_warps=4, num_stages=4)
+    partial = torch.empty(-(-rows // slab), outputs, inputs, device=x.device)
+    sizes = {"INNER": inputs, "C": outputs, "BLOCK_R": tall, "BLOCK_OUT": wide_out, "BLOCK_IN": wide_in}
+    kernel = _kernels().weight_gradient[(*across, len(partial))]
+    kernel(dy, x, partial, *norm, rows, slab, **sizes, **_how(x), num_warps=8, num_stages=4)
     return partial.sum(0)
 
 
