@@ -1,7 +1,7 @@
 """The training steps that step.py compares: ours, and the others' as their repositories have them.
 
 ResNet-50 v1.5 from equal initial weights, on tensors that are there already or on files, which each reads as its
-repository does (inputs.py). The others are small, and wait for what they wait for in each step:
+repository does (readers.py). The others are small, and wait for what they wait for in each step:
 
     examples        pytorch/examples imagenet/main.py: fp32, NCHW, loss and accuracies read from the device every step
     torchvision     references/classification/train.py --amp: autocast, NCHW, the same reading
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import inputs
+import readers
 import torch
 from torch import nn
 
@@ -47,10 +47,10 @@ class Work:
     root: str | None = None  # a folder of class folders of JPEG files
     workers: int = 2  # processes or threads that read them
 
-    def batches(self, read: Callable[[inputs.Files], Iterator[inputs.Batch]]) -> Iterator[inputs.Batch]:
+    def batches(self, read: Callable[[readers.Files], Iterator[readers.Batch]]) -> Iterator[readers.Batch]:
         """Images (batch, 3, size, size), normalised, and labels; `read` takes files."""
         if self.root is not None:
-            return read(inputs.Files(self.root, self.batch, self.size, self.workers, self.device))
+            return read(readers.Files(self.root, self.batch, self.size, self.workers, self.device))
         torch.manual_seed(0)
         images = torch.randn(self.batch, 3, self.size, self.size, device=self.device)
         return itertools.repeat((images, torch.randint(CLASSES, (self.batch,), device=self.device)))
@@ -63,7 +63,7 @@ def examples(work: Work, dtype: torch.dtype | None = None) -> Step:
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
     scaler = torch.amp.GradScaler(kind, enabled=dtype is torch.float16)
-    batches = work.batches(inputs.torchvision_loader)
+    batches = work.batches(readers.torchvision_loader)
 
     def step() -> None:
         images, labels = next(batches)
@@ -94,7 +94,7 @@ def timm_train(work: Work) -> Step:
     optimizer = create_optimizer_v2(model, opt="sgd", lr=0.1, momentum=0.9, weight_decay=1e-4)
     criterion = LabelSmoothingCrossEntropy(0.1)
     scaler = NativeScaler(device=kind) if work.dtype is torch.float16 else None
-    batches = _channels_last(work, inputs.timm_loader)
+    batches = _channels_last(work, readers.timm_loader)
 
     def step() -> None:
         images, labels = next(batches)
@@ -123,7 +123,7 @@ def convnets(work: Work, compiled: str | None = None) -> Step:
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
     scaler = torch.amp.GradScaler(kind, enabled=work.dtype is torch.float16)
     network = torch.compile(model, mode=compiled) if compiled else model
-    batches = _channels_last(work, inputs.convnets_dali)
+    batches = _channels_last(work, readers.convnets_dali)
 
     def step() -> None:
         images, labels = next(batches)
@@ -167,14 +167,14 @@ def ours(work: Work, **options: object) -> Step:
     names = tuple(f"class{i}" for i in range(CLASSES))
     learned = learner.create(config, plan, here, replace(data, classes=names))
     if synthetic:
-        batches = _channels_last(work, inputs.torchvision_loader)
+        batches = _channels_last(work, readers.torchvision_loader)
     else:
         batches = TrainingBatches(config, data, plan, here, 0)
     records = train_steps(learned, batches, range(10**9))
     return lambda: next(records)
 
 
-def _channels_last(work: Work, read: Callable[[inputs.Files], Iterator[inputs.Batch]]) -> Iterator[inputs.Batch]:
+def _channels_last(work: Work, read: Callable[[readers.Files], Iterator[readers.Batch]]) -> Iterator[readers.Batch]:
     """`work.batches` in channels-last memory; what is there already is made so once."""
     batches = work.batches(read)
     if work.root is None:

@@ -59,7 +59,9 @@ if [ -n "$gpu" ]; then
   part end-to-end 30 "$python" benchmarks/input.py --only default "hardware 0.9" --precision fused=true \
     cuda_graph=true --out "$out/end-to-end.json"
   part fits 45 "$python" benchmarks/fits.py --only ours "ours fused graph" timm --within 40 --out "$out/fits.json"
-  # In what the parts above have left; alone (PARTS="tests-folded step-folded") these two have all of it.
+  # In what the parts above have left; alone (PARTS="end-to-end-peers tests-folded step-folded") these have all of it.
+  part end-to-end-peers 110 "$python" benchmarks/step.py "${few[@]}" --draw 512 --workers 12 \
+    --out "$out/end-to-end-peers.json" --only timm convnets ours "ours fused graph"
   part tests-folded 60 "$python" benchmarks/gpu_tests.py tests/test_folded.py --out "$out/tests-folded.json"
   part step-folded 110 "$python" benchmarks/step.py "${few[@]}" --out "$out/step-folded.json" \
     --only timm "ours fused" "ours folded" "ours folded graph"

@@ -9,24 +9,20 @@ ResNet-50 on them by DALI with each setting and on a batch that is there already
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import os
 import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from about import about
+from drawn import draw
 
 from trainer import configfile, learner, precision
 from trainer.benchmark import ahead
@@ -44,25 +40,6 @@ SETTINGS: dict[str, dict[str, object]] = {
     "buffers": {"decode_pixels": 500 * 400 * 4},
     "threads 3": {"threads": 3},
 }
-
-
-def draw(folder: Path, count: int) -> None:
-    """JPEG files in 10 classes, of about 110 kB: smooth colours with as much noise as that takes at quality 92."""
-
-    def one(number: int) -> None:
-        random = np.random.default_rng(number)
-        width, height = int(random.integers(400, 600)), int(random.integers(333, 500))
-        y, x = np.mgrid[0:height, 0:width] / 100
-        waves = np.stack([np.sin(x * f + p) + np.cos(y * g) for f, p, g in random.uniform(0.5, 6, (3, 3))], -1)
-        pixels = np.clip(128 + 50 * waves + random.normal(0, 14, (height, width, 3)), 0, 255).astype(np.uint8)
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "JPEG", quality=92)
-        place = folder / "train" / f"class{number % 10}" / f"{number:05}.JPEG"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(file.getvalue())
-
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        list(pool.map(one, range(count)))
 
 
 def measure(options: argparse.Namespace, root: str) -> dict:

@@ -1,13 +1,13 @@
 """Our training step against those of other trainers and of torch.compile, side by side in one run.
 
     python benchmarks/step.py [--batch 32] [--size 224] [--blocks 5] [--steps 4] [--only NAME ...] [--out FILE]
-                              [--root FOLDER [--workers 2]]
+                              [--root FOLDER | --draw COUNT] [--workers 2]
 
 candidates.py says who is compared, and how each does it. Every candidate is a process of its own, and all take blocks
 of steps in turn (turns.py); compilation and first steps are outside the clock. All train on the same tensors, which are
-there before the clock starts; with --root on the same JPEG files, of class folders in FOLDER, which each reads as its
-repository does (inputs.py). Who waits is stopped then, with its workers, so that nobody reads ahead meanwhile. Workers
-have CPU time and memory of their own, which are not counted.
+there before the clock starts; with --root on the same JPEG files, of class folders in FOLDER, or on COUNT of them that
+are drawn for it, which each reads as its repository does (readers.py). Who waits is stopped then, with its workers, so
+that nobody reads ahead meanwhile. Workers have CPU time and memory of their own, which are not counted.
 
 The limit is the arithmetic's: 24.30 GFLOP an image at 224 px (forward 4.089 GMAC, backward twice that without the first
 layer's gradient to the image), at the rate of a large matrix product of the same dtype measured in the same run. A GPU
@@ -23,9 +23,11 @@ import functools
 import json
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import drawn
 import torch
 import turns
 from about import about
@@ -222,7 +224,9 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--steps", type=int, default=30 if torch.cuda.is_available() else 2, help="a block")
     parser.add_argument("--threads", type=int, help="of torch, on a CPU")
-    parser.add_argument("--root", type=Path, help="train on JPEG files: class folders")
+    files = parser.add_mutually_exclusive_group()
+    files.add_argument("--root", type=Path, help="train on JPEG files: class folders")
+    files.add_argument("--draw", type=int, metavar="COUNT", help="train on JPEG files that are drawn for it")
     parser.add_argument("--workers", type=int, default=2, help="processes or threads that read them")
     parser.add_argument("--only", nargs="+", help="candidates")
     parser.add_argument(
@@ -243,15 +247,20 @@ def main() -> None:
         parser.error(f"--root {options.root}: there is no such folder")
     if unknown := set(options.only or ()) - set(MAKERS):
         parser.error(f"--only {' '.join(sorted(unknown))}: use {', '.join(MAKERS)}")
-    comparison = Comparison([name for name in MAKERS if name in (options.only or set(MAKERS) - set(EXTRA))], options)
-    try:
-        comparison.measure()
-        result = comparison.result()
-        table(result)
-        if options.out:  # now: ending so many processes may take longer than is left
-            options.out.write_text(json.dumps(result, indent=2) + "\n")
-    finally:
-        comparison.end()
+    names = [name for name in MAKERS if name in (options.only or set(MAKERS) - set(EXTRA))]
+    with tempfile.TemporaryDirectory() as folder:
+        if options.draw:
+            drawn.draw(Path(folder), options.draw)
+            options.root = Path(folder) / "train"
+        comparison = Comparison(names, options)
+        try:
+            comparison.measure()
+            result = comparison.result()
+            table(result)
+            if options.out:  # now: ending so many processes may take longer than is left
+                options.out.write_text(json.dumps(result, indent=2) + "\n")
+        finally:
+            comparison.end()
 
 
 if __name__ == "__main__":

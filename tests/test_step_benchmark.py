@@ -17,7 +17,7 @@ from conftest import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
-import inputs
+import readers
 import traffic
 from nets import on_meta
 from torch import nn
@@ -60,10 +60,10 @@ def test_ours_and_another_take_turns(tmp_path: Path) -> None:
 
 @pytest.mark.end_to_end
 @pytest.mark.timeout(660)
-def test_each_reads_the_files_as_its_repository_does(tiny: Path, tmp_path: Path) -> None:
+def test_each_reads_the_files_as_its_repository_does(tmp_path: Path) -> None:
     names = ["examples", "timm", "convnets", "ours"]
     command = [sys.executable, "benchmarks/step.py", "--batch", "2", "--size", "32", "--blocks", "1", "--steps", "1"]
-    command += ["--root", tiny / "train", "--workers", "1", "--only", *names, "--out", tmp_path / "files.json"]
+    command += ["--draw", "12", "--workers", "1", "--only", *names, "--out", tmp_path / "files.json"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -72,8 +72,8 @@ def test_each_reads_the_files_as_its_repository_does(tiny: Path, tmp_path: Path)
 
 
 def test_inputs_are_normalised_batches_without_end(tiny: Path) -> None:
-    files = inputs.Files(str(tiny / "train"), 5, 24, 1, torch.device("cpu"))
-    for read in (inputs.torchvision_loader, inputs.timm_loader, inputs.convnets_dali):
+    files = readers.Files(str(tiny / "train"), 5, 24, 1, torch.device("cpu"))
+    for read in (readers.torchvision_loader, readers.timm_loader, readers.convnets_dali):
         batches = itertools.islice(read(files), 30)  # more than the files have
         assert all(x.shape == (5, 3, 24, 24) and x.dtype == torch.float32 and len(y) == 5 for x, y in batches), read
         images = torch.cat([x for x, _ in itertools.islice(read(files), 10)])
