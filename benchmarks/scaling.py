@@ -45,7 +45,7 @@ from trainer.config import Config, Data, Distributed, Model, Optim  # noqa: E402
 from trainer.data.loader import DataSet, TrainingBatches  # noqa: E402
 from trainer.distributed import World  # noqa: E402
 from trainer.loop import Learner, train_steps  # noqa: E402
-from trainer.models import build  # noqa: E402
+from trainer.models import parallel  # noqa: E402
 from trainer.plan import Plan  # noqa: E402
 from trainer.recording import Recorder  # noqa: E402
 from trainer.timeline import Timeline  # noqa: E402
@@ -103,7 +103,7 @@ class Rank:
         self._learned = {"alone": self._create(self._single, Distributed())}
         for what in ("wrapped", "recorded"):
             made = self._create(self._single, Distributed())
-            model = build.data_parallel(made.model, self.device, Distributed(), self._own)
+            model = parallel.data_parallel(made.model, self.device, Distributed(), self._own)
             if what == "recorded":
                 self._recorder.watch(model)
             self._learned[what] = replace(made, model=model)

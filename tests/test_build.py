@@ -16,9 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainer.config import ConfigError, Distributed, Model
 from trainer.distributed import World
-from trainer.models import build
+from trainer.models import parallel
 from trainer.models.buffers import averaged_buffers, mean_buffers
-from trainer.models.build import create, load_weights, parallelize, unwrap
+from trainer.models.build import create, load_weights, unwrap
+from trainer.models.parallel import parallelize
 
 # Foreign models
 
@@ -165,7 +166,7 @@ def test_parallelize_alone() -> None:
 @pytest.mark.parametrize("count", [1, 2, 37])
 def test_buckets_double_from_the_first_layer_on(count: int, last: int, most: int) -> None:
     sizes = torch.randint(1, 30, (count,), generator=torch.Generator().manual_seed(count)).tolist()
-    limits = build.bucket_limits(sizes, last, most)
+    limits = parallel.bucket_limits(sizes, last, most)
     assert sum(limits) == sum(sizes)
     limit = last
     assert limits[0] >= last or len(limits) == 1

@@ -18,7 +18,7 @@ from trainer import checkpoint, compression
 from trainer.config import Distributed
 from trainer.distributed import World
 from trainer.exposed import Backward
-from trainer.models import build
+from trainer.models import parallel
 
 U = 2.0**-8  # by which a bfloat16 may be off, relatively
 
@@ -30,7 +30,7 @@ def one_of(rank: int, nodes: list[list[int]], folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=patience)
     world = World(rank=rank, local_rank=rank, size=ranks, local_size=ranks, device=CPU)
     bare = ours("resnet20").eval()
-    model = build.data_parallel(ours("resnet20").eval(), CPU, Distributed(bucket_mb=1))
+    model = parallel.data_parallel(ours("resnet20").eval(), CPU, Distributed(bucket_mb=1))
     compression.compress(model, world, 120, nodes)
     mine = images(2 * ranks, 16)[2 * rank : 2 * rank + 2]
 
@@ -92,7 +92,7 @@ def left_alone(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     store, patience = f"file://{folder}/store", timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
-    model = build.data_parallel(ours("resnet20").eval(), CPU, Distributed(bucket_mb=1))
+    model = parallel.data_parallel(ours("resnet20").eval(), CPU, Distributed(bucket_mb=1))
     compression.compress(model, World(rank=rank, local_rank=rank, size=2, local_size=2, device=CPU), 120)
     model(images(2, 16)).sum().backward()
     if rank == 1:

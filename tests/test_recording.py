@@ -14,7 +14,7 @@ from nets import ALONE, CPU, images, ours
 from launch.__main__ import main
 from trainer import recording
 from trainer.config import Augment, Config, ConfigError, Data, Distributed, Model, Optim
-from trainer.models import build
+from trainer.models import parallel
 
 SMALL = Config(
     device="cpu",
@@ -47,7 +47,7 @@ def test_recording_leaves_gradients_as_they_are_and_sees_the_buckets_that_ddp_se
         parameter.register_post_accumulate_grad_hook(came.append)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        model = build.data_parallel(wrapped, CPU, Distributed(bucket_mb=1))
+        model = parallel.data_parallel(wrapped, CPU, Distributed(bucket_mb=1))
         recorder = recording.Recorder(ALONE)
         recorder.watch(model)
         for _ in range(2):
@@ -65,12 +65,12 @@ def test_recording_leaves_gradients_as_they_are_and_sees_the_buckets_that_ddp_se
     assert recorder.passes[1].bytes == [sum(order[i].nbytes for i in bucket) for bucket in settled]
 
 
-@pytest.mark.skipif(not build.LISTS_BUCKETS, reason="this PyTorch's DDP takes no list of buckets")
+@pytest.mark.skipif(not parallel.LISTS_BUCKETS, reason="this PyTorch's DDP takes no list of buckets")
 def test_the_last_bucket_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
     def reduced(options: Distributed) -> list[float]:
         """MiB of each bucket of a ResNet-18, in the order of their reduction."""
         recorder = recording.Recorder(ALONE)
-        model = build.data_parallel(ours("resnet18").eval(), CPU, options)
+        model = parallel.data_parallel(ours("resnet18").eval(), CPU, options)
         recorder.watch(model)
         for _ in range(2):
             recorder.enter("backward", 0)
@@ -81,7 +81,7 @@ def test_the_last_bucket_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         doubling, equal = reduced(Distributed()), reduced(Distributed(last_bucket_mb=25))
-        monkeypatch.setattr(build, "LISTS_BUCKETS", False)  # an older PyTorch
+        monkeypatch.setattr(parallel, "LISTS_BUCKETS", False)  # an older PyTorch
         older = reduced(Distributed())
     finally:
         dist.destroy_process_group()

@@ -12,7 +12,7 @@ from trainer.data.loader import DataSet
 from trainer.distributed import World
 from trainer.ema import Average
 from trainer.loop import Learner, Mixing
-from trainer.models import build, cpu_norm, folded, gpu_norm, packed_stem
+from trainer.models import build, cpu_norm, folded, gpu_norm, packed_stem, parallel
 from trainer.models.start import check_sizes
 from trainer.nonfinite import Skipping
 from trainer.plan import Plan
@@ -38,7 +38,7 @@ def create(config: Config, plan: Plan, here: World, data: DataSet) -> Learner:
         graphs.refuse(config, plan, here, dtype)
         stream = torch.cuda.Stream(here.device)
     with graphs.on(stream):  # DDP must be made where its steps are recorded
-        model = build.parallelize(
+        model = parallel.parallelize(
             model,
             here,
             config.distributed,
@@ -47,7 +47,7 @@ def create(config: Config, plan: Plan, here: World, data: DataSet) -> Learner:
         )
         if config.distributed.gradients == "bf16" and here.size > 1:
             compression.compress(model, here, config.distributed.timeout)
-        build.settle_buckets(model, here, config.data.image_size)
+        parallel.settle_buckets(model, here, config.data.image_size)
     optimizer = optim.create(config.optim, model, here.device)
     return Learner(
         model=model,

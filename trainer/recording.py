@@ -22,7 +22,7 @@ from trainer.config import Config, ConfigError
 from trainer.data.loader import TrainingBatches, open_data
 from trainer.distributed import World, world
 from trainer.loop import Learner, train_steps
-from trainer.models import build
+from trainer.models import parallel
 from trainer.plan import Plan
 from trainer.timeline import Bucket, Timeline
 
@@ -59,7 +59,7 @@ def measure(config: Config, images: int, steps: int | None = None) -> Timeline:
         plan = Plan.of(config, 1, found.samples)
         with _group_of_one(here):
             learned = learner.create(config, plan, here, found)
-            wrapped = build.data_parallel(learned.model, here.device, config.distributed)
+            wrapped = parallel.data_parallel(learned.model, here.device, config.distributed)
             recorder = Recorder(here, half=config.distributed.gradients == "bf16")
             recorder.watch(wrapped)
             batches = TrainingBatches(config, found, plan, here, 0)
