@@ -154,6 +154,8 @@ def test_mistakes_are_one_line(trained: Path, tiny: Path, tmp_path: Path) -> Non
         (("predict", "torchvision:resnet18.V9", good), r"has no weights V9: use one of IMAGENET1K_V1"),
         (("predict", "timm:resnet18.zzz", good), r"resnet18\.zzz has no such weights"),
         (("predict", "resnet18", good), r"resnet18 has no weights of its own: add model\.weights=FILE"),
+        (("predict", "timm:resnet18x", good), r"timm:resnet18x is not known: did you mean"),
+        (("predict", "torchvision:resnet19", good), r"torchvision:resnet19 is not known: did you mean"),
         (("predict", good, good), r"is of no known kind: give a run folder"),
         (("evaluate", trained, "--subset", "--numbered"), r"--subset and --numbered are for different sets"),
         (("evaluate", trained, "--output", tmp_path / "no" / "x.json"), r"--output .*there is no folder"),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from trainer import checkpoint, configfile
@@ -169,6 +170,8 @@ def _named(text: str, overrides: list[str]) -> Target:
     weights = config.model.weights
     if weights is None:
         if about is None:
+            with torch.device("meta"):
+                build.create(config.model, 1)  # a name that nobody knows is refused as such
             raise ConfigError(f"{text} has no weights of its own: add model.weights=FILE")
         return Target(name=text, config=config, tag=tag, classes=classes)
     if known := _classes(Path(weights)):  # one of our files, which may be of other classes than the library's
