@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,11 @@ import torch
 from conftest import here, metrics, summary
 from PIL import Image
 
+from trainer import configfile
 from trainer.data import dali
+from trainer.data.loader import TrainingBatches, open_data
+from trainer.distributed import world
+from trainer.plan import Plan
 
 pytestmark = [
     pytest.mark.gpu,
@@ -72,3 +77,22 @@ def test_crops_on_the_gpu_equal_pil(imagenet_sample: Path, on_gpu: bool) -> None
     delta = abs(images.permute(0, 2, 3, 1).float().cpu().numpy() - np.stack([np.asarray(t, float) for t in theirs]))
     # nvJPEG's inverse transform and chroma upsampling are not libjpeg's: near, not equal.
     assert delta.mean() < (2.0 if on_gpu else 0.3)
+
+
+@pytest.mark.parametrize("decoder", ["cpu", "gpu"])
+def test_a_batch_that_was_let_go_is_not_filled_anew_before_it_is_read(tiny: Path, decoder: str) -> None:
+    options = [f"data.root={tiny}", "data.image_size=64", "global_batch_size=24", f"data.decoder={decoder}"]
+    config = configfile.load(None, options)
+    with world(config) as one:
+        data = open_data(config, one)
+        plan = Plan.of(config, 1, data.samples)
+        slow = TrainingBatches(config, data, plan, one, 0)
+        sums = []
+        for images, _ in islice(slow, 30):
+            torch.cuda._sleep(100_000_000)  # cycles, some 50 ms: the host is far ahead by the end
+            sums.append(images.double().sum())
+        theirs = []
+        for images, _ in islice(TrainingBatches(config, data, plan, one, 0), 30):
+            theirs.append(images.double().sum())
+            torch.cuda.synchronize()
+    assert [each.item() for each in sums] == [each.item() for each in theirs]

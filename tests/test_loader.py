@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import weakref
 from itertools import islice
 from pathlib import Path
 
@@ -14,11 +15,14 @@ from PIL import Image
 
 from trainer import configfile
 from trainer.config import Config, ConfigError
+from trainer.data.decoder import Decoder, InUse
+from trainer.data.feeds import TrainingFeed
 from trainer.data.index import DataError
 from trainer.data.loader import EvaluationBatches, TrainingBatches, open_data
 from trainer.data.order import Order
 from trainer.data.prepare.run import Options, prepare
 from trainer.data.prepare.transcode import Encoding
+from trainer.data.salvage import Salvage
 from trainer.distributed import World
 from trainer.plan import Plan
 
@@ -233,6 +237,40 @@ def test_the_image_size_rises_between_epochs_and_not_within(tiny: Path) -> None:
 def test_a_gpu_decoder_needs_a_gpu(tiny: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.decoder=gpu needs a GPU"):
         steps(configure(tiny, "data.decoder=gpu"), rank(0, 1), 0, 1)
+
+
+class Step:
+    """A moment of a GPU that has come to it when its test says so."""
+
+    def __init__(self) -> None:
+        self.done = False
+
+    def query(self) -> bool:
+        return self.done
+
+
+def test_a_batch_is_held_until_the_gpu_has_come_to_what_was_queued_with_it(tiny: Path) -> None:
+    """Without a GPU: the moments are the test's. tests/test_gpu.py has a slow kernel read a batch that was let go."""
+    config = configure(tiny)
+    data = open_data(config, rank(0, 1))
+    plan = Plan.of(config, 1, data.samples)
+    feed = TrainingFeed(config, data.train, plan, Salvage(config.data, data.train), 0, lambda step: step)
+    decoder = Decoder(config, rank(0, 1), feed, plan.batch, Salvage(config.data, data.train))
+    moments: list[Step] = []
+    decoder._in_use = InUse(lambda: moments.append(Step()) or moments[-1])
+    batches, alive = decoder.batches(), []
+    for _ in range(5):
+        images, _ = next(batches)
+        alive.append(weakref.ref(images))
+        del images
+    assert [each() is not None for each in alive] == [True] * 5 and len(moments) == 4
+    moments[0].done = moments[2].done = True  # the third as well, but a queue is done in its order
+    next(batches)
+    assert [each() is not None for each in alive] == [False, True, True, True, True]
+    for moment in moments:
+        moment.done = True
+    next(batches)
+    assert [each() is not None for each in alive] == [False] * 5
 
 
 def test_synthetic_needs_no_files() -> None:

@@ -134,7 +134,8 @@ def _operations(
         enter("forward", step)
         totals[:4] += _accumulate(learner, batch, backward, last=micro == learner.accumulation - 1)
         if learner.uphill(step):  # otherwise an accumulated step would hold all of its images
-            seen.append(batch)
+            # Copied, since a loader may reuse a batch once what was queued before the next one is done.
+            seen.append(Mixed(*(each.clone() for each in batch)))
     if learner.uphill(step):
         _gradient_uphill(learner, step, seen, backward)
     enter("update", step)

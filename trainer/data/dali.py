@@ -87,8 +87,9 @@ class Decoding:
 def run(decoding: Decoding) -> tuple[torch.Tensor, torch.Tensor]:
     """The next (images, labels): images NCHW in channels-last memory, labels int64 of shape (n,).
 
-    Nothing is copied: the tensors are the buffers that were filled, which live as long as the tensors do. Raises
-    StopIteration where the source does, and RuntimeError, naming the file, where an image cannot be decoded.
+    Nothing is copied: the tensors are the buffers that were filled. DALI takes them back when the tensors are let go,
+    whatever a GPU has yet to do with them. Raises StopIteration where the source does, and RuntimeError, naming the
+    file, where an image cannot be decoded.
     """
     images, labels = decoding.batch()
     return images.permute(0, 3, 1, 2), labels.reshape(-1)

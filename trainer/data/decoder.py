@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -47,10 +49,14 @@ class Decoder:
         # Number and rows of the chunks that DALI has and we have not; a chunk may have other rows by now, since other
         # ranks tell at an epoch's end what they have found to be bad.
         self._ahead: deque[tuple[int, np.ndarray]] = deque()
+        self._in_use = InUse(partial(_now, world.device)) if on_gpu else None
         self._build()
 
     def batches(self, feed: Feed | None = None) -> Iterator[Batch]:
-        """Decode until the feed ends, then make ready for the next one."""
+        """Decode until the feed ends, then make ready for the next one.
+
+        On a GPU, what reads a batch must be queued, on the current stream, before the next one is asked for.
+        """
         self._feed = feed or self._feed
         while True:
             try:
@@ -64,6 +70,8 @@ class Decoder:
                 continue
             self._ahead.popleft()
             yield batch
+            if self._in_use is not None:
+                self._in_use.hold(batch)
 
     def alone(self) -> Iterator[object]:
         """The batches only decoded, for the clock: before any other use of this object, and for ever after it."""
@@ -124,3 +132,35 @@ class Decoder:
         self._next, _ = self._ahead[0]
         self._ahead.clear()
         self._build()
+
+
+class Moment(Protocol):
+    """A point in a GPU's queue."""
+
+    def query(self) -> bool:
+        """Whether the GPU has come to it."""
+
+
+class InUse:
+    """Batches that kernels in a GPU's queue may yet read.
+
+    A host that waits for nothing runs steps ahead of its GPU. When a batch is let go here, the step that reads it may
+    not have begun there, and DALI, whose streams know nothing of torch's, fills memory that nobody holds anew.
+    """
+
+    def __init__(self, now: Callable[[], Moment]) -> None:
+        """`now` marks the end of what is queued."""
+        self._now = now
+        self._held: deque[tuple[Moment, Batch]] = deque()
+
+    def hold(self, batch: Batch) -> None:
+        """Hold a batch until what is queued by now is done."""
+        self._held.append((self._now(), batch))
+        while self._held and self._held[0][0].query():
+            self._held.popleft()
+
+
+def _now(device: torch.device) -> Moment:
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event

@@ -107,11 +107,10 @@ class Decoder:
             for first in results:
                 number, chunk, parts = begun.popleft()
                 done = [first, *islice(results, parts - 1)]
-                pixels = np.concatenate([part.pixels for part in done])
                 if any(part.failed for part in done):
-                    chunk, pixels = self._recover(number, chunk)
+                    chunk, done = self._recover(number, chunk)
                 if len(chunk.rows):
-                    yield self._batch(chunk, pixels)
+                    yield self._batch(chunk, [part.pixels for part in done])
         except BrokenProcessPool:
             raise WorkerLostError(
                 f"a decoding process of rank {self._world.rank} was killed, most often for want of memory: lower "
@@ -144,13 +143,13 @@ class Decoder:
         copies = {row: os.fsdecode(converted[row].tobytes()) for row in rows.tolist() if row in converted}
         return [(copies.get(row, path), 0, -1) for row, path in zip(rows.tolist(), index.paths(rows))]
 
-    def _recover(self, number: int, chunk: Chunk) -> tuple[Chunk, np.ndarray]:
-        """The chunk without what cannot be decoded, and its pixels; raises what `Salvage.take` raises."""
+    def _recover(self, number: int, chunk: Chunk) -> tuple[Chunk, list[Done]]:
+        """The chunk without what cannot be decoded, and that decoded; raises what `Salvage.take` raises."""
         while True:
             job = self._job(chunk, np.arange(len(chunk.rows)))
             done = decode(job)
             if not done.failed:
-                return chunk, done.pixels
+                return chunk, [done]
             for place in done.failed:
                 row = int(chunk.rows[place])
                 if row in self._salvage.converted:  # Pillow can decode it: something else is wrong
@@ -159,9 +158,14 @@ class Decoder:
                 self._salvage.take(row)
             chunk = self._feed.chunk(number)
 
-    def _batch(self, chunk: Chunk, pixels: np.ndarray) -> Batch:
+    def _batch(self, chunk: Chunk, parts: list[np.ndarray]) -> Batch:
         device = self._world.device
-        images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float()
+        # Pinned for a GPU: a copy from any other memory keeps the host until the GPU has come to it.
+        pixels = torch.empty(
+            len(chunk.rows), chunk.size, chunk.size, 3, dtype=torch.uint8, pin_memory=device.type == "cuda"
+        )
+        np.concatenate(parts, out=pixels.numpy())
+        images = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).float()
         images = images.sub_(self._mean).div_(self._std)
         if chunk.recipes is not None:
             # After normalising, as in trainer/data/ops.py: what is erased becomes the mean colour, which is a zero.
