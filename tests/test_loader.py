@@ -248,6 +248,9 @@ class Step:
     def query(self) -> bool:
         return self.done
 
+    def synchronize(self) -> None:
+        self.done = True
+
 
 def test_a_batch_is_held_until_the_gpu_has_come_to_what_was_queued_with_it(tiny: Path) -> None:
     """Without a GPU: the moments are the test's. tests/test_gpu.py has a slow kernel read a batch that was let go."""
@@ -259,18 +262,22 @@ def test_a_batch_is_held_until_the_gpu_has_come_to_what_was_queued_with_it(tiny:
     moments: list[Step] = []
     decoder._in_use = InUse(lambda: moments.append(Step()) or moments[-1])
     batches, alive = decoder.batches(), []
-    for _ in range(5):
-        images, _ = next(batches)
-        alive.append(weakref.ref(images))
-        del images
-    assert [each() is not None for each in alive] == [True] * 5 and len(moments) == 4
+
+    def take(count: int) -> list[bool]:
+        """Which of the batches that have come so far are still there, after `count` more."""
+        for _ in range(count):
+            images, _ = next(batches)
+            alive.append(weakref.ref(images))
+            del images
+        return [each() is not None for each in alive]
+
+    assert take(4) == [True] * 4 and len(moments) == 3  # the last one has not been let go
     moments[0].done = moments[2].done = True  # the third as well, but a queue is done in its order
-    next(batches)
-    assert [each() is not None for each in alive] == [False, True, True, True, True]
-    for moment in moments:
-        moment.done = True
-    next(batches)
-    assert [each() is not None for each in alive] == [False] * 5
+    assert take(1) == [False, True, True, True, True]
+    moments[1].done = True
+    assert take(1) == [False, False, False, True, True, True]
+    assert take(2) == [False] * 3 + [True] * 5 and not moments[3].done
+    assert take(1) == [False] * 4 + [True] * 5 and moments[3].done  # waited for: four are held, and one is out
 
 
 def test_synthetic_needs_no_files() -> None:

@@ -19,6 +19,8 @@ from trainer.data.table import DataError
 from trainer.distributed import World
 from trainer.signals import held
 
+AHEAD = 4  # batches; enough for a GPU never to wait for the host, and few enough to hold
+
 
 class Decoder:
     """A DALI pipeline and the feed it is on."""
@@ -140,6 +142,9 @@ class Moment(Protocol):
     def query(self) -> bool:
         """Whether the GPU has come to it."""
 
+    def synchronize(self) -> None:
+        """Wait until it has."""
+
 
 class InUse:
     """Batches that kernels in a GPU's queue may yet read.
@@ -154,9 +159,10 @@ class InUse:
         self._held: deque[tuple[Moment, Batch]] = deque()
 
     def hold(self, batch: Batch) -> None:
-        """Hold a batch until what is queued by now is done."""
+        """Hold a batch until what is queued by now is done; waits where the host is AHEAD batches ahead."""
         self._held.append((self._now(), batch))
-        while self._held and self._held[0][0].query():
+        while self._held and (len(self._held) > AHEAD or self._held[0][0].query()):
+            self._held[0][0].synchronize()
             self._held.popleft()
 
 
