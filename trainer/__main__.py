@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from trainer import environment
+from trainer import environment, memory
 from trainer.config import ConfigError, RunError
 from trainer.signals import INTERRUPTED, Stopped, StopSignals
 
@@ -26,6 +26,11 @@ def main(arguments: list[str] | None = None) -> int:
         if not error.everywhere or environment.place().rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return MISTAKE if isinstance(error, ConfigError) else FAILED
+    except (RuntimeError, MemoryError) as error:
+        if not memory.ran_out(error):
+            raise
+        print(f"error: {memory.advice(error, environment.place().rank)}", file=sys.stderr, flush=True)
+        return FAILED
     except Stopped as stop:
         if environment.place().rank == 0:
             print(f"stopped by {stop.name} before the first step; the same command goes on", flush=True)

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from trainer import memory
 from trainer.config import Config
 from trainer.data import dali, ops
 from trainer.data.feeds import Batch, Chunk, Feed, pixel_dtype
@@ -124,6 +125,8 @@ class Decoder:
 
         Raises what `Salvage.take` raises, and `error` itself where every image in flight can be decoded.
         """
+        if memory.ran_out(error):  # no image's fault, and a probe would take even more
+            raise error
         rows = np.concatenate([np.empty(0, np.int64), *(rows for _, rows in self._ahead)])
         refused = dali.refused(self._files(rows), self._graph)
         if not refused:
