@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nvidia.dali import fn
+from nvidia.dali import Pipeline, backend, fn
 from PIL import Image
 from torchvision.transforms import v2
 
-from trainer.data import dali
+from trainer.data import dali, ops
 from trainer.data.augment import evaluation_windows
+from trainer.data.policies import Op
 
 EXIF_ORIENTATION = 274
 
@@ -171,3 +172,26 @@ def test_the_gpu_decoder_is_told_what_the_options_say() -> None:
     assert chosen["preallocate_width_hint"] * chosen["preallocate_height_hint"] >= 5980 * 6430
     assert 211_025_920 <= chosen["device_memory_padding"] < 1.01 * 211_025_920
     assert 140_544_512 <= chosen["host_memory_padding"] < 1.02 * 140_544_512
+
+
+@pytest.mark.parametrize("mode", ["resized", "padded", "center"])
+@pytest.mark.parametrize("decode_on_gpu", [True, False], ids=["gpu", "cpu"])
+def test_a_gpu_has_every_operator_that_its_graph_asks_of_it(
+    monkeypatch: pytest.MonkeyPatch, mode: str, decode_on_gpu: bool
+) -> None:
+    """As far as that can be seen without one: the graph is defined, and not built."""
+    pipelines: list[Pipeline] = []
+    monkeypatch.setattr(Pipeline, "build", lambda pipeline: pipelines.append(pipeline))
+    steps = ops.Steps(layers=(tuple(Op), tuple(Op)), erase=True, bilinear=True)
+    sizes = {"max_batch": 8, "threads": 1, "prefetch": 1, "mean": (0.5,) * 3, "std": (0.2,) * 3}
+    device = {"device_id": 0, "decode_on_gpu": decode_on_gpu, "half": True}
+    dali.build(dali.Graph(mode=mode, **sizes, **device, steps=steps), lambda: None)
+    has = {"cpu": backend.RegisteredCPUOps(), "gpu": backend.RegisteredGPUOps(), "mixed": backend.RegisteredMixedOps()}
+    asked = set()
+    for pipeline in pipelines:
+        pipeline._build_graph()
+        asked |= {(node._op.device, str(node.spec).split()[2].rstrip(":")) for node in pipeline._ops}
+    assert [each for each in sorted(asked) if each[1] not in has[each[0]]] == []
+    on_gpu = {name for where, name in asked if where == "gpu"}
+    assert {"CropMirrorNormalize", "Erase", "WarpAffine", "Equalize", "Filter", "CoordTransform"} <= on_gpu
+    assert any(where == "mixed" for where, _ in asked) == decode_on_gpu
