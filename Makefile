@@ -16,6 +16,8 @@ THREADS := $(shell n=$$(( $$(nproc) / $(RANKS) )); [ $$n -ge 1 ] && echo $$n || 
 # Where Python may not keep what it compiles, every process compiles torch anew: 7 of the 12 CPU seconds of our imports.
 export PYTHONDONTWRITEBYTECODE :=
 
+SYNC := pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
+
 .PHONY: install demo test test-faults test-slurm lint lock clean
 .DELETE_ON_ERROR:
 
@@ -28,7 +30,8 @@ $(BIN)/uv:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 
 $(VENV)/.installed: requirements.lock pyproject.toml | $(BIN)/uv
-	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
+	@# uv brings its own certificates; behind a proxy that signs for itself those of the system are needed, as pip uses them.
+	$(BIN)/uv $(SYNC) || $(BIN)/uv --system-certs $(SYNC)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
