@@ -23,10 +23,15 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("amp", ["auto", "bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("amp", ["auto", "bf16", "fp16", "fp16 precision.static_scale=true", "fp32"])
 def test_the_same_config_trains_on_the_gpu(tiny: Path, tmp_path: Path, amp: str) -> None:
     (tmp_path / "empty.yaml").write_text("{}")
-    options = [f"data.root={tiny}", f"output_dir={tmp_path / 'run'}", f"precision.amp={amp}", "model.name=resnet20"]
+    options = [
+        f"data.root={tiny}",
+        f"output_dir={tmp_path / 'run'}",
+        *f"precision.amp={amp}".split(),
+        "model.name=resnet20",
+    ]
     options += ["data.image_size=32", "global_batch_size=24", "schedule.epochs=10", "schedule.warmup_epochs=1"]
     done = here("train", tmp_path / "empty.yaml", *options, "report.wandb=disabled", "report.log_every=1")
     assert done.status == 0, done.errors

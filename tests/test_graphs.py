@@ -19,6 +19,7 @@ from trainer.data.loader import DataSet
 from trainer.distributed import World
 from trainer.loop import Learner, StepRecord, train_steps
 from trainer.plan import Plan
+from trainer.precision import StaticScale
 
 CLASSES = 5
 
@@ -67,7 +68,7 @@ def static(mine: Learner) -> Learner:
     return replace(mine, graphs=graphs.Static(mine.optimizer, mine.device))
 
 
-@pytest.mark.parametrize("case", ["sgd", "fused sgd", "adamw", "mixed", "skipping"])
+@pytest.mark.parametrize("case", ["sgd", "fused sgd", "adamw", "mixed", "skipping", "scaled"])
 def test_a_static_step_is_the_loops_bit_for_bit(case: str) -> None:
     options, sizes, bad = config(), [32, 32, 24, 32, 24], None
     if case == "adamw":
@@ -77,6 +78,8 @@ def test_a_static_step_is_the_loops_bit_for_bit(case: str) -> None:
     elif case == "skipping":
         options, bad = config(loop=Loop(on_nonfinite="skip")), 2
     plain, other = learned(options), learned(options)
+    if case == "scaled":  # a power of two, which fp32 multiplies by without rounding
+        other = replace(other, scaler=StaticScale(1024.0))
     if case == "fused sgd":  # as on a GPU; its kernels exist for the CPU too
         plain, other = (
             replace(each, optimizer=optim.create(options.optim, each.model, torch.device("cuda")))
@@ -168,6 +171,7 @@ def test_what_cannot_be_recorded_is_refused() -> None:
     plan = Plan.of(asked, 1, 64)
     with pytest.raises(ConfigError, match=r"precision\.cuda_graph=true has no dynamic loss scale"):
         graphs.refuse(asked, plan, gpu, torch.float16)
+    graphs.refuse(replace(asked, precision=Precision(cuda_graph=True, static_scale=True)), plan, gpu, torch.float16)
     with pytest.raises(ConfigError, match=r"accumulates 2: raise max_batch_per_gpu"):
         graphs.refuse(asked, replace(plan, accumulation=2), gpu, torch.bfloat16)
     graphs.refuse(asked, plan, gpu, torch.bfloat16)

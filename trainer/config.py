@@ -42,11 +42,14 @@ class Precision:
         None  # a folder for what is compiled, kept between runs; None: ~/.cache/imagenet-trainer
     )
     tf32: bool = True  # fp32 matrix products of a GPU on its tensor cores
-    loss_scale: float = 65536.0  # start of the dynamic scale, for fp16
+    loss_scale: float = 65536.0  # of fp16: where its dynamic scale starts
+    static_scale: bool = False  # leave fp16's scale where it starts: no step is left out, and none waits to be judged
 
     def __post_init__(self) -> None:
         one_of("precision.amp", self.amp, ("auto", "bf16", "fp16", "fp32"))
         at_least("precision.loss_scale", self.loss_scale, 1)
+        if self.static_scale and self.amp in ("bf16", "fp32"):
+            raise ConfigError(f"precision.static_scale=true is fp16's, and precision.amp={self.amp}: leave one out")
         if self.fused and self.compile:
             raise ConfigError("precision.fused=true and precision.compile=true both fuse: leave one out")
         if self.fused and not self.channels_last:

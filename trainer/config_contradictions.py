@@ -56,7 +56,11 @@ def _refuse_in_a_graph(config: Any) -> None:
         (model.drop_rate, f"model.drop_rate={model.drop_rate:g}", "what it draws is not the step's then"),
         (model.drop_path_rate, f"model.drop_path_rate={model.drop_path_rate:g}", "as with dropout"),
         (config.distributed.gradients == "bf16", "distributed.gradients=bf16", "the host orders its exchange"),
-        (config.precision.amp == "fp16", "precision.amp=fp16", "its loss scale is dynamic: use bf16"),
+        (
+            config.precision.amp == "fp16" and not config.precision.static_scale,
+            "precision.amp=fp16",
+            "its loss scale is dynamic: use bf16, or precision.static_scale=true",
+        ),
     ]
     for found, option, why in refused:
         if found:

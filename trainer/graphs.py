@@ -138,9 +138,10 @@ def refuse(config: Config, plan: Plan, here: World, dtype: torch.dtype | None) -
     """ConfigError where the steps of a run cannot be recorded, and precision.cuda_graph asks for it."""
     if here.device.type != "cuda":
         raise ConfigError(f"precision.cuda_graph=true needs a GPU, and device={here.device}: leave it out")
-    if dtype is torch.float16:
+    if dtype is torch.float16 and not config.precision.static_scale:
         raise ConfigError(
-            "precision.cuda_graph=true has no dynamic loss scale, which fp16 needs: use precision.amp=bf16 or fp32"
+            "precision.cuda_graph=true has no dynamic loss scale, and this GPU autocasts to fp16: "
+            "use precision.static_scale=true, or precision.amp=bf16 or fp32"
         )
     if plan.accumulation > 1:
         raise ConfigError(

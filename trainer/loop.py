@@ -18,7 +18,7 @@ from trainer.exposed import Backward, Wait
 from trainer.metrics import gradient_norms, sums
 from trainer.nonfinite import Skipping
 from trainer.optim import Clip, set_lr
-from trainer.precision import autocast
+from trainer.precision import StaticScale, autocast
 from trainer.sam import uphill
 from trainer.teacher import Teacher
 
@@ -33,7 +33,7 @@ class Learner:
     model: nn.Module  # may be wrapped in DistributedDataParallel
     optimizer: torch.optim.Optimizer
     criterion: nn.Module
-    scaler: torch.amp.GradScaler
+    scaler: torch.amp.GradScaler | StaticScale
     lr_at: Callable[[int], float]
     device: torch.device
     dtype: torch.dtype | None = None  # to autocast to

@@ -28,8 +28,49 @@ def autocast(dtype: torch.dtype | None, device: torch.device) -> AbstractContext
     return torch.autocast(device.type, dtype=dtype) if dtype is not None else nullcontext()
 
 
-def grad_scaler(options: Precision, dtype: torch.dtype | None, device: torch.device) -> torch.amp.GradScaler:
+class StaticScale:
+    """A factor on the loss that stays, with what the loop needs of torch.amp.GradScaler's interface.
+
+    Gradients are not judged: one that overflows is a non-finite gradient like any other (`loop.on_nonfinite`). So a
+    step waits for nothing, and can be recorded as a graph.
+    """
+
+    def __init__(self, factor: float) -> None:
+        self._factor = factor
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss * self._factor
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide the gradients by the factor."""
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, 1 / self._factor)
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.step()
+
+    def update(self) -> None:
+        """Nothing: it stays."""
+
+    def is_enabled(self) -> bool:
+        """Whether steps are judged."""
+        return False
+
+    def state_dict(self) -> dict[str, float]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Nothing: the config has it."""
+
+
+def grad_scaler(
+    options: Precision, dtype: torch.dtype | None, device: torch.device
+) -> torch.amp.GradScaler | StaticScale:
     """A loss scaler, which does nothing unless the dtype is fp16: bf16 has the range of fp32."""
+    if dtype is torch.float16 and options.static_scale:
+        return StaticScale(options.loss_scale)
     return torch.amp.GradScaler(device.type, init_scale=options.loss_scale, enabled=dtype is torch.float16)
 
 
