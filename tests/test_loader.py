@@ -15,6 +15,7 @@ from PIL import Image
 
 from trainer import configfile
 from trainer.config import Config, ConfigError
+from trainer.data import dali
 from trainer.data.decoder import Decoder, InUse
 from trainer.data.feeds import TrainingFeed
 from trainer.data.index import DataError
@@ -237,6 +238,39 @@ def test_the_image_size_rises_between_epochs_and_not_within(tiny: Path) -> None:
 def test_a_gpu_decoder_needs_a_gpu(tiny: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.decoder=gpu needs a GPU"):
         steps(configure(tiny, "data.decoder=gpu"), rank(0, 1), 0, 1)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_image_is_blamed_for_want_of_memory_only_if_others_can_be_decoded(
+    damaged: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, alone: bool
+) -> None:
+    root, _ = damaged
+    config = configure(root, "global_batch_size=8", "data.on_error=skip", "data.max_skipped=0.2")
+    data = open_data(config, rank(0, 1))
+    plan, salvage = Plan.of(config, 1, data.samples), Salvage(config.data, data.train)
+    feed = TrainingFeed(config, data.train, plan, salvage, 0, lambda step: step)
+    decoder, refused = Decoder(config, rank(0, 1), feed, plan.batch, salvage), dali.refused
+
+    def exhausted(decoding: dali.Decoding) -> None:
+        decoder._source()  # what is in flight
+        raise RuntimeError("Can't allocate 12884508675 bytes on host.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dali, "run", exhausted)
+        if not alone:  # so little is left that not even one can be decoded
+            patch.setattr(dali, "refused", lambda files, graph: list(range(len(files))))
+            with pytest.raises(RuntimeError, match="Can't allocate"):
+                next(decoder.batches())
+            assert not salvage.bad
+            return
+
+        def one(files: list[np.ndarray], graph: dali.Graph) -> list[int]:
+            patch.undo()
+            return refused(files, graph)
+
+        patch.setattr(dali, "refused", one)
+        images, _ = next(decoder.batches())
+    assert len(images) == plan.batch and list(salvage.bad) == [5]
 
 
 class Step:

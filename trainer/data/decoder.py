@@ -125,10 +125,10 @@ class Decoder:
 
         Raises what `Salvage.take` raises, and `error` itself where every image in flight can be decoded.
         """
-        if memory.ran_out(error):  # no image's fault, and a probe would take even more
-            raise error
         rows = np.concatenate([np.empty(0, np.int64), *(rows for _, rows in self._ahead)])
         refused = dali.refused(self._files(rows), self._graph)
+        if len(refused) == len(rows) and memory.ran_out(error):
+            raise error  # no image's fault: one that is too large alone would be refused alone
         if not refused:
             self._salvage.demand_unchanged(rows)
             raise error
