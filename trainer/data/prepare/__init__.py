@@ -31,8 +31,12 @@ def run_jobs(work: Callable[[Job], Result], jobs: Iterable[Job], workers: int | 
     if workers == 1:
         yield from map(work, jobs)
         return
-    with worker_pool(workers) as pool:
+    pool = worker_pool(workers)
+    try:
         yield from in_order(pool, work, jobs, 2 * workers)
+    finally:
+        # Python 3.11.2's pool once waited for ever here, its last jobs being cancelled: so it is told to drop them.
+        pool.shutdown(cancel_futures=True)
 
 
 def worker_pool(
