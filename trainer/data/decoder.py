@@ -20,7 +20,7 @@ from trainer.data.table import DataError
 from trainer.distributed import World
 from trainer.signals import held
 
-AHEAD = 4  # batches; enough for a GPU never to wait for the host, and few enough to hold
+AHEAD = 4  # batches; a guess, not measured on a GPU: each takes memory, and with too few the GPU waits
 
 
 class Decoder:
